@@ -1,0 +1,278 @@
+"""Windows of a genome for pretraining: which bases belong to which split, and which window is number i."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from genossm.data.base import SPLITS, Batch
+from genossm.data.transforms import NextToken, Objective, soft_mask_weights
+from genossm.dna import alphabet
+from genossm.dna.alphabet import Bytes
+from genossm.dna.genome import Genome
+from genossm.dna.interval import SPLIT_NAMES, Interval, first_overlap, lengths, merge, read_bed
+from genossm.dna.tokenizer import CharTokenizer
+
+logger = logging.getLogger(__name__)
+
+SPLIT_POLICIES = ("auto", "contigs", "blocks")
+_RETRIES = 16
+"""Draws of another window where one holds more N than `max_n` allows, before the last is taken as it is."""
+
+Splits = dict[str, list[Interval]]
+
+
+def split_genome(
+    genome: Genome,
+    policy: str = "auto",
+    val: float = 0.05,
+    test: float = 0.05,
+    parts: Sequence[Interval] = (),
+) -> Splits:
+    """Divide a genome, or some intervals of it, into train, val and test with no base in common.
+
+    Args:
+        genome: what to divide.
+        policy: "contigs" gives whole contigs to a split, "blocks" cuts each contig into its first part for training
+            and its last parts for validation and test; "auto" takes contigs where there are at least 8 and no held-out
+            one would be larger than twice its share, else blocks.
+        val, test: shares of the bases.
+        parts: intervals to divide instead of the whole contigs.
+
+    Raises:
+        ValueError: an unknown policy, impossible shares, or a split that would be empty.
+    """
+    if policy not in SPLIT_POLICIES:
+        raise ValueError(f"split must be one of {', '.join(SPLIT_POLICIES)}; got {policy!r}.")
+    if min(val, test) < 0 or val + test >= 1:
+        raise ValueError(f"The shares of val and test must be at least 0 and sum to less than 1; got {val} and {test}.")
+    pieces = merge(parts) if parts else [Interval(name, 0, length) for name, length in genome.contigs.items()]
+    total = sum(map(len, pieces))
+    held = _hold_out_contigs(pieces, total, {"test": test, "val": val}) if policy != "blocks" else None
+    if held is None and policy == "contigs":
+        raise ValueError(
+            f"{len(pieces)} contigs can't be dealt out into val={val:g} and test={test:g}; take split=blocks."
+        )
+    if held is not None:
+        return held
+    splits: Splits = {"train": [], "val": [], "test": []}
+    for piece in pieces:
+        first = piece.end - round(len(piece) * (val + test))
+        second = piece.end - round(len(piece) * test)
+        for name, start, end in (
+            ("train", piece.start, first),
+            ("val", first, second),
+            ("test", second, piece.end),
+        ):
+            if end > start:
+                splits[name].append(Interval(piece.chrom, start, end))
+    return splits
+
+
+def _hold_out_contigs(pieces: list[Interval], total: int, shares: dict[str, float]) -> Splits | None:
+    by_contig: dict[str, list[Interval]] = {}
+    for piece in pieces:
+        by_contig.setdefault(piece.chrom, []).append(piece)
+    if len(by_contig) < 8:
+        return None
+    sizes = {name: sum(map(len, held)) for name, held in by_contig.items()}
+    splits: Splits = {"train": [], "val": [], "test": []}
+    remaining = sorted(sizes, key=lambda name: (-sizes[name], name))
+    for split, share in shares.items():
+        wanted = share * total
+        while wanted > 0:
+            fitting = [name for name in remaining if sizes[name] <= wanted]
+            if not fitting:
+                break
+            remaining.remove(fitting[0])
+            splits[split] += by_contig[fitting[0]]
+            wanted -= sizes[fitting[0]]
+        if share > 0 and wanted > 0.5 * share * total:
+            return None
+    splits["train"] = [piece for name in remaining for piece in by_contig[name]]
+    return splits
+
+
+def read_splits(genome: Genome, bed: str | Path, policy: str = "auto", val: float = 0.05, test: float = 0.05) -> Splits:
+    """Read the intervals of each split from a BED file: HyenaDNA's chrom/start/end/split, or plain BED.
+
+    Rows whose fourth column is train, valid, val or test go there; where no row has one, the intervals are divided
+    by `split_genome`. Contigs that the genome lacks are counted, named and left out.
+
+    Raises:
+        ValueError: an interval beyond its contig, a split name that is none, no interval left, or a base in two splits.
+    """
+    rows = read_bed(bed)
+    names = {row.fields[0].lower() for row in rows if row.fields}
+    labelled = bool(names & set(SPLIT_NAMES))
+    splits: Splits = {name: [] for name in SPLITS}
+    missing: dict[str, int] = {}
+    plain: list[Interval] = []
+    for row in rows:
+        interval = row.interval
+        try:
+            chrom = genome.resolve(interval.chrom)
+        except KeyError:
+            missing[interval.chrom] = missing.get(interval.chrom, 0) + 1
+            continue
+        if interval.end > genome.contigs[chrom]:
+            raise ValueError(
+                f"{bed}, line {row.line}: {interval} reaches beyond its contig of {genome.contigs[chrom]} bp."
+                " Is it from another assembly?"
+            )
+        interval = Interval(chrom, interval.start, interval.end)
+        if not labelled:
+            plain.append(interval)
+            continue
+        word = row.fields[0].lower() if row.fields else ""
+        if word not in SPLIT_NAMES:
+            raise ValueError(f"{bed}, line {row.line}: a split is train, val or test; got {word!r}.")
+        splits[SPLIT_NAMES[word]].append(interval)
+    if missing:
+        shown = ", ".join(f"{name} ({count})" for name, count in sorted(missing.items())[:8])
+        logger.warning("%s: %d contigs are not in the genome, left out: %s", bed, len(missing), shown)
+    if not plain and not any(splits.values()):
+        raise ValueError(
+            f"None of the contigs of {bed} is in the genome, which has {', '.join(list(genome.contigs)[:8])}."
+        )
+    if plain:
+        splits = split_genome(genome, policy, val, test, plain)
+    return {name: merge(intervals) for name, intervals in splits.items()}
+
+
+def fit_windows(splits: Splits, length: int, genome: Genome) -> Splits:
+    """Make every interval long enough for a window, without reaching into another split.
+
+    Intervals shorter than `length` are widened about their middle, as HyenaDNA does; longer ones stay.
+
+    Raises:
+        ValueError: no contig is long enough, or a widened interval meets another split; it names both.
+    """
+    longest = max(genome.contigs.values())
+    if length > longest:
+        raise ValueError(
+            f"A window of {length} bp is longer than every contig (the longest has {longest} bp). Set length to at"
+            f" most {longest}, or give a genome with longer contigs."
+        )
+    fitted: Splits = {}
+    for name, intervals in splits.items():
+        wide: list[Interval] = []
+        for interval in intervals:
+            if len(interval) < length:
+                size = genome.contigs[interval.chrom]
+                if size < length:
+                    continue
+                start = min(max(0, (interval.start + interval.end - length) // 2), size - length)
+                interval = Interval(interval.chrom, start, start + length)
+            wide.append(interval)
+        fitted[name] = merge(wide)
+        if intervals and not wide:
+            raise ValueError(
+                f"No contig of the {name} split is as long as a window of {length} bp; shorten length or take another"
+                " split."
+            )
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        pair = first_overlap(fitted[a], fitted[b])
+        if pair is not None:
+            raise ValueError(
+                f"A window of {length} bp could reach from one split into another: {a} {pair[0]} meets {b} {pair[1]}."
+                " Shorten length, or give intervals that lie further apart."
+            )
+    return fitted
+
+
+@dataclass(kw_only=True)
+class WindowBatches:
+    """Batches of windows by number: batch i of a run is a pure function of (seed, i), so nothing needs remembering.
+
+    Args:
+        genome: where the bases are.
+        intervals: the split's intervals, each at least as long as a window.
+        objective: makes inputs and targets of ids.
+        tokenizer: makes ids of stored bytes.
+        seed: what windows, strands and masks are drawn from.
+        reverse_complement: draw each window's strand.
+        max_n: largest share of N in a training window; windows above are drawn again.
+        soft_mask_weight: loss weight of soft-masked bases.
+    """
+
+    genome: Genome
+    intervals: list[Interval]
+    objective: Objective
+    tokenizer: CharTokenizer = field(default_factory=CharTokenizer)
+    seed: int = 0
+    reverse_complement: bool = True
+    max_n: float = 0.5
+    soft_mask_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_n <= 1:
+            raise ValueError(f"max_n must be in (0, 1]; got {self.max_n}.")
+        if not self.intervals:
+            raise ValueError("There is no interval to draw windows from.")
+
+    def span(self, length: int) -> int:
+        """Return the bases that a window of `length` tokens takes: one more where the next one is the target."""
+        return length + isinstance(self.objective, NextToken)
+
+    def drawn(self, number: int, rows: range, of: int, length: int) -> Batch:
+        """Return some rows of random batch `number`, which has `of` rows: uniform over all positions of all intervals.
+
+        Windows with more N than `max_n` are drawn again.
+        """
+        span = self.span(length)
+        room = np.maximum(lengths(self.intervals) - span + 1, 0)
+        ends = np.cumsum(room)
+        rng = np.random.default_rng([self.seed, number])
+        places, flips = rng.integers(ends[-1], size=of), rng.random(of) < 0.5
+        codes_BL = np.empty((len(rows), span), np.uint8)
+        for index, row in enumerate(rows):
+            codes = self._window(int(places[row]), ends, room, span)
+            for attempt in range(_RETRIES):
+                if self.max_n >= 1 or np.count_nonzero((codes & 0x7F) == alphabet.N) <= self.max_n * span:
+                    break
+                again = np.random.default_rng([self.seed, number, row, attempt]).integers(ends[-1])
+                codes = self._window(int(again), ends, room, span)
+            flip = self.reverse_complement and flips[row]
+            codes_BL[index] = alphabet.reverse_complement(codes) if flip else codes
+        return self._batch(codes_BL, np.random.default_rng([self.seed, number, rows.start, 1]))
+
+    def _window(self, place: int, ends: npt.NDArray[np.int64], room: npt.NDArray[np.int64], span: int) -> Bytes:
+        which = int(np.searchsorted(ends, place, side="right"))
+        start = self.intervals[which].start + place - int(ends[which] - room[which])
+        return self.genome.codes(self.intervals[which].chrom)[start : start + span]
+
+    def tiles(self, length: int, limit: int | None = None) -> list[Interval]:
+        """Return windows that lie side by side and cover the intervals, at most `limit`, evenly chosen."""
+        span = self.span(length)
+        tiles = [
+            Interval(interval.chrom, start, start + span)
+            for interval in self.intervals
+            for start in range(interval.start, interval.end - span + 1, length)
+        ]
+        if limit is not None and len(tiles) > limit:
+            tiles = [tiles[i] for i in np.linspace(0, len(tiles) - 1, limit).round().astype(int)]
+        if not tiles:
+            raise ValueError(f"No interval of the split is as long as a window of {span} bp.")
+        return tiles
+
+    def tiled(self, tiles: Sequence[Interval], number: int) -> Batch:
+        """Return the batch of fixed windows; masks are drawn from (seed, number)."""
+        codes_BL = np.stack([self.genome.fetch(tile) for tile in tiles])
+        return self._batch(codes_BL, np.random.default_rng([self.seed, number, 2]))
+
+    def _batch(self, codes_BL: Bytes, rng: np.random.Generator) -> Batch:
+        inputs_BL, targets_BL = self.objective(self.tokenizer.from_codes(codes_BL), rng)
+        batch: Batch = {
+            "ids_BL": torch.from_numpy(np.ascontiguousarray(inputs_BL)),
+            "targets": torch.from_numpy(targets_BL),
+        }
+        if self.soft_mask_weight != 1:
+            weights_BL = soft_mask_weights(codes_BL, self.soft_mask_weight)
+            shifted = weights_BL[:, 1:] if isinstance(self.objective, NextToken) else weights_BL
+            batch["weights_BL"] = torch.from_numpy(np.ascontiguousarray(shifted))
+        return batch

@@ -1,0 +1,121 @@
+"""HyenaDNA: long gated convolutions, one base a token, up to 1 M bases (Nguyen et al. 2023, arXiv:2306.15794)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from genossm.models.base import Backbone, BackboneConfig
+from genossm.nn.block import Block
+from genossm.nn.hyena import HyenaOperator
+from genossm.nn.init import init_linear_
+from genossm.nn.mlp import MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyenaDNAConfig(BackboneConfig):
+    """The shape of a HyenaDNA; defaults are those of the published models."""
+
+    model_type: ClassVar[str] = "hyenadna"
+
+    d_model: int = 128
+    n_layer: int = 2
+    d_inner: int | None = None
+    """Width F of the MLPs; None is 4 D."""
+    max_length: int = 1026
+    """Longest input, and what the filter's time is normalised by (published as l_max: the context + 2)."""
+    order: int = 2
+    """Gates of the operator, at least 2."""
+    emb_dim: int = 5
+    """Positional features of the filter, odd, at least 3."""
+    filter_order: int = 64
+    """Width of the filter's network."""
+    num_inner_mlps: int = 2
+    """Hidden layers of the filter's network after the first."""
+    short_filter_order: int = 3
+    """Taps of the short convolution."""
+    frequency: float = 10.0
+    """Initial frequency of the filter's sines."""
+    train_freq: bool = True
+    """Whether the frequencies are trained."""
+    shift: float = 0.05
+    """Floor of the filter's window; the published inference code has 0.05, the published training code 0."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+    embed_dropout: float = 0.1
+    """Dropout of the embeddings."""
+    residual_dropout: float = 0.0
+    """Dropout of what each mixer and MLP adds."""
+    hyena_dropout: float = 0.0
+    """Dropout inside the operator."""
+    bidirectional: bool = False
+    """Give every filter a twin over what follows: a position sees both sides, for masked language modelling."""
+    tie_embeddings: bool = True
+    """Whether the language-model head is the embedding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order < 2:
+            raise ValueError(f"order must be at least 2; got {self.order}.")
+        if self.emb_dim < 3 or self.emb_dim % 2 == 0:
+            raise ValueError(f"emb_dim must be odd and at least 3; got {self.emb_dim}.")
+        if self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1; got {self.max_length}.")
+        for name in ("embed_dropout", "residual_dropout", "hyena_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
+
+    def build(self) -> "HyenaDNA":
+        return HyenaDNA(self)
+
+
+class HyenaDNA(Backbone):
+    """The HyenaDNA backbone."""
+
+    def __init__(self, config: HyenaDNAConfig):
+        super().__init__(config)
+        self.config: HyenaDNAConfig = config
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.embed_dropout)
+        self.layers = nn.ModuleList(self._block() for _ in range(config.n_layer))
+        self.norm_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        )
+        init_linear_(self, config.n_layer)
+
+    def _block(self) -> Block:
+        config = self.config
+        mixer = HyenaOperator(
+            config.d_model,
+            config.max_length,
+            order=config.order,
+            short_filter_order=config.short_filter_order,
+            bidirectional=config.bidirectional,
+            dropout=config.hyena_dropout,
+            emb_dim=config.emb_dim,
+            filter_order=config.filter_order,
+            num_inner_mlps=config.num_inner_mlps,
+            frequency=config.frequency,
+            train_freq=config.train_freq,
+            shift=config.shift,
+        )
+        block = Block(
+            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
+            mixer,
+            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
+            MLP(config.d_model, config.d_inner or 4 * config.d_model),
+        )
+        block.dropout1.p = block.dropout2.p = config.residual_dropout
+        return block
+
+    @property
+    def causal(self) -> bool:
+        return not self.config.bidirectional
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_length
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        return self.dropout(super().embed(ids_BL))

@@ -1,0 +1,1 @@
+"""Layers: mixers, blocks, heads, initialisation. They need torch alone."""

@@ -1,0 +1,181 @@
+"""The Hyena operator: gated long convolutions with implicit filters (Poli et al. 2023; Nguyen et al. 2023)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from genossm.ops.causal_conv1d import causal_conv1d
+from genossm.ops.fftconv import fftconv
+
+_DECAY_TARGET = 1e-2
+_FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
+
+
+class Sin(nn.Module):
+    """sin(freq * x) with one frequency a feature; the published filters share one instance over all their layers."""
+
+    def __init__(self, width: int, frequency: float, trainable: bool = True):
+        super().__init__()
+        freq_1F = torch.full((1, width), float(frequency))
+        self.freq = nn.Parameter(freq_1F, requires_grad=trainable)
+
+    def forward(self, h_FL: Tensor) -> Tensor:
+        return torch.sin(self.freq[0, :, None] * h_FL)
+
+
+class HyenaFilter(nn.Module):
+    """The implicit filter: a small sinusoidal network from position to tap, under an exponential window.
+
+    h(t) = MLP(z(t)) * (exp(-t |delta|) + shift), with t = i / (l_max - 1) in [0, 1] and z(t) the first
+    (emb_dim - 1) / 2 complex exponentials of position (Hyena Hierarchy, section 3.3; HyenaDNA, appendix A.1).
+    Positions are normalised by `l_max`, never by the length of the input: the filter of a shorter input is a prefix.
+
+    Args:
+        channels: filters to make: D * (order - 1).
+        l_max: longest input in tokens.
+        emb_dim: width of z, odd and at least 3.
+        filter_order: width of the network.
+        num_inner_mlps: hidden layers after the first.
+        frequency: initial frequency of the sines.
+        train_freq: whether the frequencies are trained.
+        shift: floor of the window: the published inference code has 0.05, the published training code 0.
+        skip: whether there is a weight of the input itself, `bias`.
+    """
+
+    NO_WEIGHT_DECAY = "all"
+
+    def __init__(
+        self,
+        channels: int,
+        l_max: int,
+        emb_dim: int = 5,
+        filter_order: int = 64,
+        num_inner_mlps: int = 2,
+        frequency: float = 10.0,
+        train_freq: bool = True,
+        shift: float = 0.05,
+        skip: bool = True,
+    ):
+        super().__init__()
+        self.l_max = l_max
+        self.emb_dim = emb_dim
+        self.shift = shift
+        self.bias = nn.Parameter(torch.randn(channels)) if skip else None
+        sine = Sin(filter_order, frequency, train_freq)
+        layers: list[nn.Module] = [nn.Linear(emb_dim, filter_order), sine]
+        for _ in range(num_inner_mlps):
+            layers += [nn.Linear(filter_order, filter_order), sine]
+        layers.append(nn.Linear(filter_order, channels, bias=False))
+        self.implicit_filter = nn.ModuleList(layers)
+        fastest, slowest = math.log(_DECAY_TARGET) / _FAST_DECAY, math.log(_DECAY_TARGET) / _SLOW_DECAY
+        width = torch.linspace(slowest, fastest, channels)
+        self.register_buffer("deltas_C", width.abs(), persistent=False)
+        self.deltas_C: Tensor
+
+    def positions(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the features z_EL and the times t_L of the first `length` positions."""
+        device, last = self.deltas_C.device, max(self.l_max - 1, 1)
+        index_L = torch.arange(length, device=device, dtype=torch.float64)
+        bands = (self.emb_dim - 1) // 2
+        band_K = torch.linspace(1e-4, bands - 1, bands, device=device, dtype=torch.float64)
+        angle_KL = band_K[:, None] * (2 * math.pi * index_L / self.l_max)
+        t_L = index_L / last
+        z_EL = torch.cat([t_L[None], torch.cos(angle_KL), -torch.sin(angle_KL)])
+        dtype = self.deltas_C.dtype
+        return z_EL.to(dtype), t_L.to(dtype)
+
+    def forward(self, length: int) -> Tensor:
+        """Return the first `length` taps of every filter, k_CL, in the parameters' dtype."""
+        with torch.autocast(self.deltas_C.device.type, enabled=False):
+            h_EL, t_L = self.positions(length)
+            for layer in self.implicit_filter:
+                if isinstance(layer, nn.Linear):
+                    h_EL = layer.weight @ h_EL
+                    if layer.bias is not None:
+                        h_EL = h_EL + layer.bias[:, None]
+                else:
+                    h_EL = layer(h_EL)
+            window_CL = torch.exp(-self.deltas_C[:, None] * t_L) + self.shift
+            return h_EL * window_CL
+
+
+class HyenaOperator(nn.Module):
+    """Order-O Hyena: projections, a short convolution, then O - 1 gated long convolutions.
+
+    Args:
+        d_model: width D.
+        l_max: longest input in tokens.
+        order: number of gates, at least 2.
+        short_filter_order: taps of the short convolution.
+        bidirectional: give each filter a twin over what follows, and centre the short convolution.
+        dropout: on the gated value before each long convolution.
+        filter_options: passed to `HyenaFilter`.
+
+    Raises:
+        ValueError: an input is longer than `l_max`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        l_max: int,
+        order: int = 2,
+        short_filter_order: int = 3,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        **filter_options: float,
+    ):
+        super().__init__()
+        self.d_model, self.l_max, self.order, self.bidirectional = d_model, l_max, order, bidirectional
+        inner = d_model * (order + 1)
+        self.in_proj = nn.Linear(d_model, inner)
+        self.out_proj = nn.Linear(d_model, d_model)
+        self.short_filter = nn.Conv1d(inner, inner, short_filter_order, groups=inner)
+        channels = d_model * (order - 1)
+        self.filter_fn = HyenaFilter(channels, l_max, **filter_options)  # type: ignore[arg-type]
+        self.filter_reverse_fn = HyenaFilter(channels, l_max, skip=False, **filter_options) if bidirectional else None  # type: ignore[arg-type]
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Mix along time; `mask_BL` marks real positions and is needed only where padding could be seen: both ways."""
+        length = x_BLD.shape[1]
+        if length > self.l_max:
+            raise ValueError(
+                f"The input has {length} tokens, the Hyena filter l_max={self.l_max}; shorten the input or build the"
+                " model with a larger max_length."
+            )
+        # (3D, D) @ (B, D, L): time stays contiguous from here to the output projection, with no transposed copy.
+        u_BCL = self.in_proj.weight @ x_BLD.transpose(1, 2) + self.in_proj.bias[:, None]
+        if mask_BL is not None:
+            u_BCL = u_BCL * mask_BL[:, None]
+        u_BCL = self._short(u_BCL, length)
+        if mask_BL is not None:
+            u_BCL = u_BCL * mask_BL[:, None]
+        *gates, v_BLD = u_BCL.transpose(1, 2).split(self.d_model, dim=-1)
+        k_OCL = self.filter_fn(length).unflatten(0, (self.order - 1, self.d_model))
+        skip_C = self.filter_fn.bias
+        assert skip_C is not None
+        skip_OD = skip_C.unflatten(0, (self.order - 1, self.d_model))
+        reverse = self.filter_reverse_fn
+        r_OCL = None if reverse is None else reverse(length).unflatten(0, (self.order - 1, self.d_model))
+        for o, gate_BLD in enumerate(reversed(gates[1:])):
+            if self.dropout.p > 0 and self.training:
+                gate_BLD = self.dropout(gate_BLD)
+            v_BLD = fftconv(
+                v_BLD,
+                k_OCL[o],
+                skip_OD[o],
+                None if r_OCL is None else r_OCL[o],
+                gate_in_BLD=gate_BLD,
+                gate_out_BLD=gates[0] if o == self.order - 2 else None,
+            )
+        return self.out_proj(v_BLD)
+
+    def _short(self, u_BCL: Tensor, length: int) -> Tensor:
+        w_CW, bias_C = self.short_filter.weight[:, 0], self.short_filter.bias
+        if not self.bidirectional:
+            return causal_conv1d(u_BCL.transpose(1, 2), w_CW, bias_C).transpose(1, 2)
+        ahead = (w_CW.shape[1] - 1) // 2
+        padded_BCL = nn.functional.pad(u_BCL, (0, ahead))
+        return causal_conv1d(padded_BCL.transpose(1, 2), w_CW, bias_C).transpose(1, 2)[..., ahead:]

@@ -1,0 +1,121 @@
+"""Which implementation of an op runs, and why: the one place that looks for optional packages.
+
+Names of backends: `reference` (the plain truth), `torch` (plain but chunked; runs everywhere), `numba` (CPU kernels),
+`triton` (CUDA kernels), `mamba_ssm` (its CUDA package, if installed and asked for).
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("reference", "torch", "numba", "triton", "mamba_ssm")
+_forced: ContextVar[str | None] = ContextVar("genossm_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and the reason for it, as `genossm doctor` prints it."""
+
+    name: str
+    reason: str
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Tell whether an optional package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def triton_interpreted() -> bool:
+    """Tell whether Triton runs through its interpreter (`TRITON_INTERPRET=1`), so that it takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def runs(name: str, device: torch.device) -> str | None:
+    """Return None where backend `name` can run on a device, else the reason why it can't."""
+    if name in ("reference", "torch"):
+        return None
+    if name == "numba":
+        if device.type != "cpu":
+            return f"numba runs on the CPU; the tensors are on {device.type}"
+        return None if installed("numba") else "numba is not installed"
+    if name == "triton":
+        if not installed("triton"):
+            return "triton is not installed"
+        if device.type == "cuda" or (device.type == "cpu" and triton_interpreted()):
+            return None
+        return f"triton runs on CUDA; the tensors are on {device.type}"
+    if name == "mamba_ssm":
+        if not installed("mamba_ssm"):
+            return "mamba_ssm is not installed"
+        return None if device.type == "cuda" else f"mamba_ssm runs on CUDA; the tensors are on {device.type}"
+    raise ValueError(f"No backend is named {name!r}; there are: {', '.join(NAMES)}.")
+
+
+def choose(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
+    """Choose the backend of an op.
+
+    Args:
+        op: the op's name, for the log.
+        device: where the tensors are.
+        offered: the backends that the op has, best first.
+
+    Returns:
+        What `use_backend` asks for, else the first that can run; a slower one than the best for this kind of device
+        is logged once, with the reason.
+
+    Raises:
+        ValueError: `use_backend` asks for one that this op has not or that can't run here.
+    """
+    forced = _forced.get()
+    if forced is not None:
+        if forced not in offered:
+            raise ValueError(f"{op} has no backend {forced!r}; it has: {', '.join(offered)}.")
+        refusal = runs(forced, device)
+        if refusal is not None:
+            raise ValueError(f"Backend {forced!r} can't run {op} here: {refusal}.")
+        return Choice(forced, "asked for by use_backend")
+    native = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+    reason = f"the fastest for {device.type}"
+    for name in offered:
+        if name == "triton" and device.type == "cpu":
+            # The interpreter is for tests, which ask for it by name.
+            continue
+        refusal = runs(name, device)
+        if refusal is None:
+            if reason != f"the fastest for {device.type}":
+                _log_once(op, name, reason)
+            return Choice(name, reason)
+        if name == native:
+            reason = refusal
+    raise RuntimeError(f"{op} has no backend for {device.type}.")
+
+
+@functools.cache
+def _log_once(op: str, name: str, reason: str) -> None:
+    logger.warning("%s runs on the slower %r backend: %s", op, name, reason)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make every op inside the `with` block run on one backend.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in NAMES:
+        raise ValueError(f"No backend is named {name!r}; there are: {', '.join(NAMES)}.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

@@ -1,0 +1,39 @@
+"""Figures from the tables that the other verbs write."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def plot_loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, float], path: str | Path) -> Path:
+    """Draw training and validation bits per base over steps, with horizontal lines for the context models.
+
+    Args:
+        rows: metrics by step, as `MetricsTable` holds them.
+        baselines: bits of each context model.
+        path: a .png, .svg or .pdf file.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, style in (
+        ("train/bits", "training", {"alpha": 0.5, "lw": 1}),
+        ("val/bits", "validation", {"marker": "o"}),
+    ):
+        points = [(step, row[name]) for step, row in sorted(rows.items()) if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)  # type: ignore[arg-type]
+    for name, bits in baselines.items():
+        axes.axhline(bits, color="0.7", lw=0.8, zorder=0)
+        axes.annotate(name, (1, bits), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="center")
+    axes.set(xlabel="step", ylabel="bits per base")
+    axes.set_ylim(top=min(2.1, axes.get_ylim()[1]))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return Path(path)

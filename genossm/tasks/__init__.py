@@ -1,0 +1,1 @@
+"""Tasks: head, loss and metrics over a backbone; nothing else."""

@@ -1,0 +1,107 @@
+"""What every task does: run a backbone on a batch, a loss for training, sums over the whole split for evaluation."""
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from genossm.data.base import Batch
+from genossm.data.transforms import IGNORED, Objective
+from genossm.models.base import Backbone
+from genossm.optim import Optim
+
+
+class Task(L.LightningModule):
+    """A backbone and what it is trained for.
+
+    Args:
+        model: the backbone.
+        optim: optimizer and schedule.
+        steps: optimizer steps of the whole run, which the schedule is computed from.
+    """
+
+    def __init__(self, model: Backbone, optim: Optim, steps: int):
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.steps = steps
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule, stepped once a step."""
+        optimizer = self.optim.build(self)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class LanguageModel(Task):
+    """Cross-entropy of targets under the model's logits: what causal and masked language modelling share."""
+
+    objective_name: ClassVar[str]
+
+    def __init__(self, model: Backbone, optim: Optim, steps: int, objective: Objective):
+        super().__init__(model, optim, steps)
+        self.objective = objective
+        self.nats = torch.nn.ModuleDict({f"{split}_split": MeanMetric() for split in ("val", "test")})
+        self.accuracy = torch.nn.ModuleDict({f"{split}_split": MeanMetric() for split in ("val", "test")})
+
+    @abstractmethod
+    def check_model(self, model: Backbone) -> None:
+        """Refuse a backbone that this task would train on what it already sees."""
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss of each target in nats, whether it was guessed, and its weight, one row a counted target."""
+        x_BLD = self.model(batch["ids_BL"], batch.get("lengths_B"))
+        counted_BL = batch["targets"] != IGNORED
+        targets_M = batch["targets"][counted_BL].long()
+        logits_MV = self.model.logits(x_BLD[counted_BL]).float()
+        weights_BL = batch.get("weights_BL")
+        weights_M = torch.ones_like(logits_MV[:, 0]) if weights_BL is None else weights_BL[counted_BL]
+        return (
+            F.cross_entropy(logits_MV, targets_M, reduction="none"),
+            logits_MV.argmax(-1) == targets_M,
+            weights_M,
+        )
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Return the weighted mean loss in nats a target."""
+        nats_M, _, weights_M = self.losses(batch)
+        loss = (nats_M * weights_M).sum() / weights_M.sum().clamp(min=1e-6)
+        self.log_dict({"train/loss": loss.detach(), "train/bits": loss.detach() / math.log(2)})
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Add a batch to the sums of the validation split."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        """Add a batch to the sums of the test split."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, split: str) -> None:
+        nats_M, guessed_M, _ = self.losses(batch)
+        if len(nats_M):
+            nats, accuracy = self._sums(split)
+            nats.update(nats_M)
+            accuracy.update(guessed_M.float())
+
+    def _sums(self, split: str) -> tuple[MeanMetric, MeanMetric]:
+        return cast(MeanMetric, self.nats[f"{split}_split"]), cast(MeanMetric, self.accuracy[f"{split}_split"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over the whole split, not over its batches."""
+        self._log("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the mean over the whole split, not over its batches."""
+        self._log("test")
+
+    def _log(self, split: str) -> None:
+        nats, accuracy = (metric.compute() for metric in self._sums(split))
+        for metric in self._sums(split):
+            metric.reset()
+        self.log_dict({f"{split}/loss": nats, f"{split}/bits": nats / math.log(2), f"{split}/accuracy": accuracy})

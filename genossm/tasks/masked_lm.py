@@ -1,0 +1,33 @@
+"""Masked language modelling: hidden bases from both sides (or from the left, for a causal backbone)."""
+
+from genossm.data.transforms import MaskTokens
+from genossm.models.base import Backbone
+from genossm.optim import Optim
+from genossm.tasks.base import LanguageModel
+
+
+class MaskedLM(LanguageModel):
+    """Prediction of masked bases.
+
+    Args:
+        model, optim, steps: see `Task`.
+        fraction: share of the bases that are targets.
+        mask, random: shares of the targets that become `[MASK]` or a random base; the rest stays.
+    """
+
+    objective_name = "masked"
+
+    def __init__(
+        self,
+        model: Backbone,
+        optim: Optim,
+        steps: int,
+        fraction: float = 0.15,
+        mask: float = 0.8,
+        random: float = 0.1,
+    ):
+        super().__init__(model, optim, steps, MaskTokens(fraction=fraction, mask=mask, random=random))
+
+    def check_model(self, model: Backbone) -> None:
+        # A causal backbone may be trained this way: it sees less than it could, nothing that it should not.
+        del model

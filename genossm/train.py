@@ -1,0 +1,258 @@
+"""`genossm train`: fit a task on a data module, from a Hydra config; fine-tuning is training with `pretrained=`."""
+
+import logging
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+logger = logging.getLogger(__name__)
+
+_RUN_FOLDER = "GENOSSM_RUN_FOLDER"
+"""Hands the run's folder to the processes that Lightning starts for several devices."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back: its folder, the trained model and the metrics of its end."""
+
+    folder: Path
+    model: Any
+    metrics: dict[str, float]
+
+
+def train(config: DictConfig) -> TrainResult:
+    """Run what a composed config describes.
+
+    Args:
+        config: `conf/train.yaml` with its groups chosen; `genossm.train.compose` makes one from overrides.
+
+    Returns:
+        The folder, which holds config.yaml, metrics.csv, loss.png, checkpoints/ and model/, the model and the metrics.
+
+    Raises:
+        ValueError, FileNotFoundError: a value or file is wrong; the message says which and what is allowed.
+    """
+    import lightning as L
+    from hydra.utils import instantiate
+
+    from genossm import callbacks, checkpoint
+
+    began = time.monotonic()
+    warnings.filterwarnings("ignore", module="lightning", message=".*does not have many workers.*")
+    # Lightning 2.6 asks torch for a name that newer torch deprecates.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    folder, resumed = run_folder(config)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    model = build_model(config.model)
+    steps = int(config.trainer.max_steps)
+    optim = instantiate(config.optim, _convert_="all")
+    task = instantiate(config.task, _convert_="all", _partial_=True)(model=model, optim=optim, steps=steps)
+    task.check_model(model)
+    trainer_values: dict[str, Any] = OmegaConf.to_container(config.trainer, resolve=True)  # type: ignore[assignment]
+    accumulate = int(trainer_values["accumulate_grad_batches"])
+    data = instantiate(config.data, _convert_="all", _partial_=True)(
+        objective=task.objective, batches=steps * accumulate
+    )
+    check_context(model, config.data.length)
+    table = callbacks.MetricsTable(folder / "metrics.csv")
+    saver = callbacks.Checkpointing(folder / "checkpoints", int(config.save_every))
+    trainer = build_trainer(
+        trainer_values,
+        [table, *build_loggers(config, folder)],
+        [
+            callbacks.StopAtNaN(),
+            saver,
+            callbacks.Progress(steps),
+            *instantiate(list(config.callbacks.values()), _convert_="all"),
+        ],
+    )
+    model.gradient_checkpointing = bool(config.gradient_checkpointing)
+    if config.compile:
+        model.compile()
+    start = None
+    if resumed:
+        callbacks.clear_leftovers(saver.folder)
+        start = callbacks.last_good(saver.folder)
+        logger.info("resuming %s", start or "from the beginning: no checkpoint was written yet")
+    if trainer.is_global_zero:
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    if start is not None:
+        table.forget_from(step_of(start))
+    trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+    metrics = trainer.validate(task, datamodule=data, verbose=False)[0]
+    if data.splits["test"]:
+        metrics |= trainer.test(task, datamodule=data, verbose=False)[0]
+    metrics["seconds"] = time.monotonic() - began
+    if trainer.is_global_zero:
+        table.save()
+        notes = {"metrics": metrics, "data": OmegaConf.to_container(config.data, resolve=True)}
+        checkpoint.save(model, folder / "model", notes)
+        report(task, data, metrics, table, folder)
+        (folder / "finished").touch()
+    return TrainResult(folder, model, metrics)
+
+
+def run_folder(config: DictConfig) -> tuple[Path, bool]:
+    """Return the folder of this run and whether it goes on with an earlier one.
+
+    Raises:
+        ValueError: `resume` is neither null, "auto" nor the folder of a run.
+    """
+    handed = os.environ.get(_RUN_FOLDER)
+    if handed and int(os.environ.get("LOCAL_RANK", "0")):
+        return Path(handed), config.resume is not None
+    root = Path(config.output) / str(config.name)
+    folder = None
+    if config.resume == "auto":
+        open_runs = [p.parent for p in root.glob("*/config.yaml") if not (p.parent / "finished").exists()]
+        folder = max(open_runs, default=None)
+        if folder is None:
+            logger.info("%s holds no unfinished run; starting a new one", root)
+    elif config.resume is not None:
+        folder = Path(config.resume)
+        if not (folder / "config.yaml").exists():
+            raise ValueError(f"resume must be auto or the folder of a run; {str(folder)!r} holds no config.yaml.")
+    resumed = folder is not None
+    if folder is None:
+        folder = root / time.strftime("%Y-%m-%d_%H-%M-%S")
+        attempt = 1
+        while folder.exists():
+            attempt += 1
+            folder = root / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{attempt}"
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    os.environ[_RUN_FOLDER] = str(folder.resolve())
+    return folder, resumed
+
+
+def build_model(values: DictConfig) -> Any:
+    """Return the backbone that the `model` group describes: fresh, or `pretrained` from a folder."""
+    from hydra.utils import instantiate
+
+    from genossm import checkpoint
+
+    plain: dict[str, Any] = OmegaConf.to_container(values, resolve=True)  # type: ignore[assignment]
+    pretrained = plain.pop("pretrained", None)
+    if pretrained:
+        return checkpoint.load(pretrained).train()
+    try:
+        return instantiate(plain, _convert_="all").build()
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"model: {cause}") from None
+
+
+def check_context(model: Any, length: int) -> None:
+    """Refuse windows that are longer than the model's context.
+
+    Raises:
+        ValueError: they are.
+    """
+    if model.max_length is not None and length > model.max_length:
+        raise ValueError(
+            f"length={length} is longer than the model's context of {model.max_length} tokens; shorten length or raise"
+            " model.max_length."
+        )
+
+
+def build_trainer(values: dict[str, Any], loggers: list[Any], callbacks: list[Any]) -> Any:
+    """Return the Lightning trainer of the `trainer` group; precision "auto" is bf16 on a GPU, else float32."""
+    import lightning as L
+    import torch
+
+    gpu = torch.cuda.is_available() and values["accelerator"] in ("auto", "gpu", "cuda")
+    if values["precision"] == "auto":
+        values["precision"] = "bf16-mixed" if gpu else "32-true"
+    if gpu:
+        torch.set_float32_matmul_precision("high")
+    return L.Trainer(
+        **values,
+        max_epochs=-1,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+    )
+
+
+def build_loggers(config: DictConfig, folder: Path) -> list[Any]:
+    """Return the loggers that the `logger` group adds to metrics.csv."""
+    from hydra.utils import instantiate
+
+    return [instantiate(value, save_dir=str(folder), _convert_="all") for value in config.logger.values()]
+
+
+def step_of(path: Path) -> int:
+    """Return the step at which a checkpoint was written."""
+    import torch
+
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def report(task: Any, data: Any, metrics: Mapping[str, float], table: Any, folder: Path) -> None:
+    """Print the closing table beside the context models and draw loss.png."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from genossm.data.markov import MarkovModel
+    from genossm.plot import plot_loss
+
+    causal = task.objective_name == "causal"
+    orders = [(k, 0) for k in range(9)] if causal else [(k, k) for k in range(5)]
+    splits = [split for split in ("val", "test") if data.splits[split]]
+    shown = Table(
+        title="bits per base on held-out intervals" if causal else "bits per masked base on held-out intervals"
+    )
+    shown.add_column("model")
+    for split in splits:
+        shown.add_column(split, justify="right")
+    baselines: dict[str, float] = {}
+    for left, right in orders:
+        markov = MarkovModel(left, right).fit(data.genome, data.splits["train"])
+        bits = {split: markov.bits(data.genome, data.splits[split]) for split in splits}
+        name = f"Markov order {left}" if causal else f"{left} bases on each side"
+        baselines[name] = bits["val"]
+        shown.add_row(name, *(f"{bits[split]:.3f}" for split in splits))
+    kind = f"{task.model.config.model_type}, {task.model.num_parameters():,} parameters"
+    shown.add_row(f"[bold]{kind}", *(f"[bold]{metrics[f'{split}/bits']:.3f}" for split in splits))
+    shown.add_row("its accuracy", *(f"{metrics[f'{split}/accuracy']:.3f}" for split in splits))
+    console = Console(width=max(72, min(120, shutil.get_terminal_size().columns)))
+    console.print(shown)
+    plot_loss(table.rows, baselines, folder / "loss.png")
+    console.print(f"{metrics['seconds']:.0f} s; {folder}", highlight=False)
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """Return the config of `genossm train OVERRIDES`, e.g. `compose(["experiment=hyenadna", "seed=1"])`."""
+    import hydra
+
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return hydra.compose("train", overrides)
+
+
+def conf_folder() -> Path:
+    """Return the folder of the YAML files: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def main() -> None:
+    """Run `train` on the overrides of the command line."""
+    import hydra
+
+    @hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")
+    def run(config: DictConfig) -> float:
+        return train(config).metrics.get("val/bits", math.nan)
+
+    run()

@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests: real DNA, real files."""
+
+import os
+
+# Tests never reach for the network, a GPU's autotuner or a tracker of experiments.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+from genossm.data.datamodule import bundled
+from genossm.dna.genome import Genome
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chr20() -> Genome:
+    """The bundled 2^20 bp of human chr20."""
+    return Genome(bundled("fa.gz"))
