@@ -55,7 +55,8 @@ class Optim:
 
     def build(self, module: nn.Module) -> torch.optim.AdamW:
         """Return AdamW over the trained parameters of a module, in two groups: decayed and not."""
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for parameter, decays in decayed_parameters(module):
             (decayed if decays else plain).append(parameter)
         groups = [
