@@ -195,16 +195,33 @@ class Backbone(nn.Module, ABC):
         return nn.functional.linear(x_BLD, cast(Tensor, self.embedding.weight))
 
     def init_state(self, batch_size: int) -> State:
-        """Return the state before the first token.
+        """Return the state before the first token: that of each layer, which has `init_state` and `extend`.
 
         Raises:
             ValueError: this backbone can't run token by token.
         """
-        raise ValueError(f"{self.config.model_type} can't run token by token; run the whole sequence.")
+        if not self.streams:
+            raise ValueError(f"{self.config.model_type} can't run token by token; run the whole sequence.")
+        return {"length": 0, "layers": [cast(Any, layer).init_state(batch_size) for layer in self.layers]}
 
-    def extend(self, ids_BL: Tensor, state: State) -> tuple[Tensor, State]:
-        """Run more tokens after those that made `state`; returns hidden states of these and the state after them."""
-        raise ValueError(f"{self.config.model_type} can't run token by token; run the whole sequence.")
+    def extend(self, ids_BL: Integer[Tensor, "B L"], state: State) -> tuple[Float[Tensor, "B L D"], State]:
+        """Run more tokens after those that made `state`; returns hidden states of these and the state after them.
+
+        The given state stays as it was, so that several continuations may start from it.
+
+        Raises:
+            ValueError: see `check`; or tokens and state together are longer than the model's context.
+        """
+        self.check(ids_BL)
+        length = state["length"] + ids_BL.shape[1]
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(f"The sequence would have {length} tokens; this model takes at most {self.max_length}.")
+        x_BLD = self.embed(ids_BL)
+        layers: list[State] = []
+        for layer, before in zip(self.layers, state["layers"], strict=True):
+            x_BLD, after = cast(Any, layer).extend(x_BLD, before)
+            layers.append(after)
+        return self.norm_f(x_BLD), {"length": length, "layers": layers}
 
     def step(self, ids_B: Tensor, state: State) -> tuple[Tensor, State]:
         """Run one more token of each row; returns x_BD and the state after it."""

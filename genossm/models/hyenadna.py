@@ -100,14 +100,13 @@ class HyenaDNA(Backbone):
             train_freq=config.train_freq,
             shift=config.shift,
         )
-        block = Block(
+        return Block(
             nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
             mixer,
             nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
             MLP(config.d_model, config.d_inner or 4 * config.d_model),
+            dropout=config.residual_dropout,
         )
-        block.dropout1.p = block.dropout2.p = config.residual_dropout
-        return block
 
     @property
     def causal(self) -> bool:

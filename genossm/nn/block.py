@@ -1,21 +1,43 @@
 """The pre-norm residual block that every backbone stacks."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)) where there is an MLP."""
+    """x + mixer(norm1(x)), then x + mlp(norm2(x)) where there is an MLP.
+
+    A mixer that runs token by token has `init_state(batch_size)` and `extend(x_BLD, state) -> (y_BLD, state)`.
+    """
 
     def __init__(
-        self, norm1: nn.Module, mixer: nn.Module, norm2: nn.Module | None = None, mlp: nn.Module | None = None
+        self,
+        norm1: nn.Module,
+        mixer: nn.Module,
+        norm2: nn.Module | None = None,
+        mlp: nn.Module | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = norm1, mixer, norm2, mlp
-        self.dropout1 = nn.Dropout(0.0)
-        self.dropout2 = nn.Dropout(0.0)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        x_BLD = x_BLD + self.dropout1(self.mixer(self.norm1(x_BLD), mask_BL))
+        return self._add(x_BLD, self.mixer(self.norm1(x_BLD), mask_BL))
+
+    def init_state(self, batch_size: int) -> dict[str, Any]:
+        """Return the mixer's state before the first position."""
+        return self.mixer.init_state(batch_size)  # type: ignore[operator]
+
+    def extend(self, x_BLD: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Run positions that follow those that made `state`; returns them and the state after them."""
+        y_BLD, state = self.mixer.extend(self.norm1(x_BLD), state)  # type: ignore[operator]
+        return self._add(x_BLD, y_BLD), state
+
+    def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.dropout1(y_BLD)
         if self.mlp is not None and self.norm2 is not None:
             x_BLD = x_BLD + self.dropout2(self.mlp(self.norm2(x_BLD)))
         return x_BLD

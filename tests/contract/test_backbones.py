@@ -12,6 +12,11 @@ TINY = {
         {"d_model": 16, "n_layer": 1, "max_length": 64, "order": 3},
         {"d_model": 16, "n_layer": 2, "max_length": 64, "bidirectional": True},
     ],
+    "transformer": [
+        {"d_model": 16, "n_layer": 2, "n_head": 2},
+        {"d_model": 24, "n_layer": 1, "n_head": 6, "n_kv_head": 2, "bias": False, "tie_embeddings": False},
+        {"d_model": 16, "n_layer": 2, "n_head": 4, "causal": False},
+    ],
 }
 """Small shapes of each backbone; every `model_type` must have at least one."""
 
@@ -115,6 +120,17 @@ def test_step_by_step_equals_all_at_once(model):
         x, state = model.step(ids[:, t], state)
         steps.append(x)
     torch.testing.assert_close(torch.stack(steps, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_any_pieces_equal_the_whole(model):
+    if not model.streams:
+        return
+    ids = draw_ids()
+    state, pieces = model.init_state(3), []
+    for piece in ids.split((17, 1, 2, 20, 1), dim=1):
+        x, state = model.extend(piece, state)
+        pieces.append(x)
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
