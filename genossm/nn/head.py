@@ -1,0 +1,180 @@
+"""Heads: one answer a sequence (or a position) from the hidden states of a backbone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+POOLINGS = ("mean", "max", "first", "last", "sum")
+DECODER_MODES = ("last", "first", "pool", "sum", "ragged")
+
+
+def pool(x_BLD: Tensor, mode: str, lengths_B: Tensor | None = None) -> Tensor:
+    """Return one vector a row from the real positions alone.
+
+    Args:
+        x_BLD: hidden states.
+        mode: one of `POOLINGS`.
+        lengths_B: number of real positions of each row, on the left; None: all are real.
+
+    Returns:
+        x_BD.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {mode!r}.")
+    if mode == "first":
+        return x_BLD[:, 0]
+    if lengths_B is None:
+        lengths_B = torch.full((x_BLD.shape[0],), x_BLD.shape[1], device=x_BLD.device)
+    if mode == "last":
+        return x_BLD[torch.arange(x_BLD.shape[0], device=x_BLD.device), lengths_B.long() - 1]
+    padding_BL1 = (torch.arange(x_BLD.shape[1], device=x_BLD.device) >= lengths_B[:, None])[..., None]
+    if mode == "max":
+        return x_BLD.masked_fill(padding_BL1, -torch.inf).amax(1)
+    total_BD = x_BLD.masked_fill(padding_BL1, 0).sum(1)
+    return total_BD if mode == "sum" else total_BD / lengths_B[:, None].to(x_BLD.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The shape of a sequence head; its values are written to config.json.
+
+    Raises:
+        ValueError: a value is impossible.
+    """
+
+    n_outputs: int
+    """Classes, labels or regression targets C."""
+    pooling: str = "mean"
+    """One of `POOLINGS`."""
+    bias: bool = True
+    """Whether the last linear layer has a bias."""
+    strands: int = 1
+    """2 where the hidden states are both strands side by side (Caduceus-PS): each is answered, the answers averaged."""
+    hidden: bool = False
+    """Put a tanh layer of width D before the last one (the classifier of ESM and the Nucleotide Transformer)."""
+    dropout: float = 0.0
+    """Dropout of what enters each linear layer."""
+    pad_id: int | None = None
+    """Where set, a row ends before its first such id, or at its end if it has none or begins with one, and padding
+    masks are not looked at (what the published HyenaDNA classifier does)."""
+
+    def __post_init__(self) -> None:
+        if self.n_outputs < 1:
+            raise ValueError(f"n_outputs must be at least 1; got {self.n_outputs}.")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {self.pooling!r}.")
+        if self.strands not in (1, 2):
+            raise ValueError(f"strands must be 1 or 2; got {self.strands}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for config.json."""
+        return asdict(self)
+
+
+class SequenceHead(nn.Module):
+    """Pool the hidden states, then one linear layer, or a tanh layer and a linear one.
+
+    Args:
+        d_output: width of the hidden states, both strands included.
+        config: the rest.
+    """
+
+    def __init__(self, d_output: int, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        width = d_output // config.strands
+        self.dropout = nn.Dropout(config.dropout)
+        self.dense = nn.Linear(width, width) if config.hidden else None
+        self.out = nn.Linear(width, config.n_outputs, bias=config.bias)
+        for layer in (self.dense, self.out):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Return y_BC of hidden states; padding, told by `lengths_B`, is never looked at."""
+        if self.config.strands == 1:
+            return self.answer(pool(x_BLD, self.config.pooling, lengths_B))
+        forward_BLD, reverse_BLD = x_BLD.chunk(2, dim=-1)
+        # The other strand begins where this one ends.
+        mirrored = {"first": "last", "last": "first"}.get(self.config.pooling, self.config.pooling)
+        forward_BC = self.answer(pool(forward_BLD, self.config.pooling, lengths_B))
+        return (forward_BC + self.answer(pool(reverse_BLD.flip(-1), mirrored, lengths_B))) / 2
+
+    def answer(self, x_BD: Tensor) -> Tensor:
+        """Return y_BC of pooled vectors."""
+        x_BD = self.dropout(x_BD)
+        if self.dense is not None:
+            x_BD = self.dropout(torch.tanh(self.dense(x_BD)))
+        return self.out(x_BD)
+
+
+class SequenceDecoder(nn.Module):
+    """The head of the published HyenaDNA fine-tuning code, with its treatment of padding.
+
+    Args:
+        d_output: width of the hidden states.
+        n_outputs: answers C.
+        mode: `last`, `first` and `ragged` keep positions; `pool` takes running means, `sum` running sums.
+        positions: how many positions to answer, counted from the end (`first`: from the start); 0 answers one and
+            drops the axis of positions; None answers all.
+        use_lengths: look at the real part of each row alone.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+
+    def __init__(
+        self, d_output: int, n_outputs: int, mode: str = "pool", positions: int | None = 0, use_lengths: bool = False
+    ):
+        super().__init__()
+        if mode not in DECODER_MODES:
+            raise ValueError(f"mode must be one of {', '.join(DECODER_MODES)}; got {mode!r}.")
+        if mode == "ragged" and use_lengths:
+            raise ValueError("mode 'ragged' keeps the longest row's positions of every row; it takes no use_lengths.")
+        self.mode, self.positions, self.use_lengths = mode, positions, use_lengths
+        self.output_transform = nn.Linear(d_output, n_outputs)
+
+    def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None, mask_BL: Tensor | None = None) -> Tensor:
+        """Return y_BPC of P positions, or y_BC where `positions` is 0.
+
+        Raises:
+            ValueError: lengths are needed and not given.
+        """
+        if (self.use_lengths or self.mode == "ragged") and lengths_B is None:
+            raise ValueError("This head needs the lengths of the rows; give lengths_B.")
+        if self.mode == "ragged":
+            assert lengths_B is not None
+            x_BPD = x_BLD[:, : int(lengths_B.max())]
+        elif self.use_lengths:
+            assert lengths_B is not None
+            rows = [self._restrict(x_LD[:length]) for x_LD, length in zip(x_BLD, lengths_B.tolist(), strict=True)]
+            x_BPD = torch.stack(rows)
+        elif self.mode == "pool" and mask_BL is not None:
+            # The published code takes the running mean at the last real position, which is right for right padding.
+            x_BPD = pool(x_BLD, "mean", mask_BL.sum(1))[:, None]
+        else:
+            x_BPD = self._restrict(x_BLD)
+        if self.positions == 0:
+            x_BPD = x_BPD[:, 0]
+        return self.output_transform(x_BPD)
+
+    def _restrict(self, x_LD: Tensor) -> Tensor:
+        length = x_LD.shape[-2]
+        kept = length if self.positions is None else max(1, self.positions)
+        if self.mode == "first":
+            return x_LD[..., :kept, :]
+        if self.mode == "last":
+            return x_LD[..., length - kept :, :]
+        total_LD = x_LD.cumsum(-2)
+        if self.mode == "pool":
+            total_LD = total_LD / torch.arange(1, length + 1, device=x_LD.device, dtype=x_LD.dtype)[:, None]
+        return total_LD[..., length - kept :, :]
