@@ -12,7 +12,9 @@ HYDRA_VERBS = {
 }
 """Verbs whose arguments are Hydra overrides: their module's `main()` reads them from sys.argv."""
 
-FLAG_VERBS: dict[str, str] = {}
+FLAG_VERBS: dict[str, str] = {
+    "bench": "time and memory of ops, training and the data path:  genossm bench ops",
+}
 """Verbs whose flags typer derives from the function of the same name in the module of the same name."""
 
 

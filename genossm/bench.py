@@ -1,0 +1,132 @@
+"""`genossm bench`: time and memory of the data path, ops and training, beside what they are compared with."""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from genossm.files import write_atomically
+
+
+def topics() -> list[str]:
+    """Return what can be measured: the modules of `genossm.benchmarks`."""
+    import genossm.benchmarks as folder
+
+    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in ("base", "published"))
+
+
+def bench(
+    topic: str,
+    only: str = "",
+    device: str = "auto",
+    threads: int = 0,
+    seconds: float = 3.0,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    out: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Measure a topic: data, ops, train, …; each row's ratio is to the first variant of its comparison.
+
+    Variants run in turn in one process, so that the ratios hold on a busy machine; times are medians. Peak memory is
+    that of one run above its inputs.
+
+    Args:
+        topic: a module of `genossm.benchmarks`.
+        only: run the comparisons whose name contains this.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        threads: CPU threads; 0 leaves torch's choice.
+        seconds: time to spend on each comparison, about.
+        as_json: print JSON lines instead of a table.
+        out: also write the rows to this file, as JSON, with the machine.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: no such topic, comparison or device.
+    """
+    import torch
+    from rich.console import Console
+
+    from genossm.benchmarks.base import measure
+
+    if topic not in topics():
+        raise ValueError(f"No benchmark is named {topic!r}; there are: {', '.join(topics())}.")
+    chosen = choose_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    comparisons = importlib.import_module(f"genossm.benchmarks.{topic}").comparisons(chosen)
+    wanted = [comparison for comparison in comparisons if only in comparison.name]
+    if not wanted:
+        raise ValueError(
+            f"No comparison of {topic} has {only!r} in its name: {', '.join(c.name for c in comparisons)}."
+        )
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    for comparison in wanted:
+        with console.status(comparison.name):
+            new = [dataclasses.asdict(row) for row in measure(comparison, chosen, seconds)]
+        rows += new
+        if as_json:
+            for row in new:
+                console.print(json.dumps(row), highlight=False, soft_wrap=True)
+    if not as_json:
+        console.print(table(topic, rows, machine(chosen)))
+    if out is not None:
+        report = json.dumps({"topic": topic, "machine": machine(chosen), "rows": rows}, indent=1) + "\n"
+        write_atomically(out, lambda path: path.write_text(report))
+    return rows
+
+
+def choose_device(name: str) -> Any:
+    """Return the torch device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: it is none of "auto", "cpu" and "cuda", or there is no GPU.
+    """
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda; got {name!r}.")
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise ValueError("device=cuda, but torch sees no GPU; take device=cpu.")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
+
+
+def machine(device: Any) -> str:
+    """Return in a few words what was measured on."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
+    """Return the rows as a table for the terminal."""
+    from rich.table import Table
+
+    shown = Table(title=f"bench {topic} ({where})")
+    for name in ("comparison", "variant"):
+        shown.add_column(name)
+    for name in ("ms", "tokens/s", "speed", "peak MiB"):
+        shown.add_column(name, justify="right")
+    before = None
+    for row in rows:
+        rate, peak = row["tokens_per_second"], row["peak_mib"]
+        shown.add_row(
+            row["comparison"] if row["comparison"] != before else "",
+            row["variant"],
+            f"{1e3 * row['seconds']:,.3g}" if row["seconds"] < 1 else f"{1e3 * row['seconds']:,.0f}",
+            "" if rate is None else f"{rate:,.0f}",
+            f"{row['ratio']:.2f}x",
+            "" if peak is None else f"{peak:,.0f}",
+        )
+        before = row["comparison"]
+    return shown

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+import torch
+
+from genossm.bench import bench, topics
+from genossm.benchmarks.base import Comparison, measure, peak_mib
+
+CPU = torch.device("cpu")
+
+
+def test_ratio_is_how_many_times_as_fast_as_the_first():
+    def build():
+        x = torch.randn(400, 400)
+        return {"four": lambda: [x @ x for _ in range(40)], "one": lambda: [x @ x for _ in range(10)]}
+
+    four, one = measure(Comparison(name="products", build=build, tokens=10, memory=False), CPU, seconds=0.5)
+    assert four.ratio == 1
+    assert 2 < one.ratio < 8
+    assert one.tokens_per_second == pytest.approx(10 / one.seconds)
+
+
+def test_peak_is_what_a_run_takes_above_its_inputs():
+    kept = torch.ones(16 << 20)
+    peak = peak_mib(lambda: kept + 1, CPU)
+    if peak is None:
+        pytest.skip("the peak of resident memory is read from Linux's /proc")
+    assert 60 < peak < 80
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"there are: .*ops"):
+        bench("opps")
+    with pytest.raises(ValueError, match="'nothing'"):
+        bench("ops", only="nothing")
+
+
+@pytest.mark.parametrize("topic", topics())
+def test_every_topic_lists_comparisons_with_distinct_names(topic):
+    import importlib
+
+    names = [c.name for c in importlib.import_module(f"genossm.benchmarks.{topic}").comparisons(CPU)]
+    assert names
+    assert len(names) == len(set(names))
+
+
+def test_rows_are_written(tmp_path):
+    rows = bench("ops", only="16,384, forward", device="cpu", seconds=0.1, out=tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+    assert {row["variant"] for row in rows} == {"published form", "genossm"}
