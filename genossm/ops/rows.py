@@ -1,0 +1,41 @@
+"""Which positions of a row are real and where its documents begin: what recurrent ops share."""
+
+import torch
+from torch import Tensor
+
+
+def real_positions(lengths_B: Tensor | None, length: int) -> Tensor | None:
+    """Return real_BL, true at the first `lengths_B` positions of each row; None where all are real."""
+    if lengths_B is None:
+        return None
+    return torch.arange(length, device=lengths_B.device) < lengths_B[:, None]
+
+
+def dropped_states(resets_BL: Tensor | None, lengths_B: Tensor | None, reverse: bool) -> Tensor | None:
+    """Return drop_BL, true where the state that arrives at a position belongs to another document.
+
+    From left to right that is where a document starts; from right to left it is the last position of each document
+    but the row's last one, which the state from beyond the row enters.
+    """
+    if resets_BL is None:
+        return None
+    drop_BL = resets_BL.bool()
+    real_BL = real_positions(lengths_B, resets_BL.shape[1])
+    if real_BL is not None:
+        # A document that starts in the padding is none.
+        drop_BL = drop_BL & real_BL
+    return torch.nn.functional.pad(drop_BL[:, 1:], (0, 1)) if reverse else drop_BL
+
+
+def check_rows(lengths_B: Tensor | None, resets_BL: Tensor | None, batch: int, length: int) -> None:
+    """Refuse lengths and resets of another shape.
+
+    Raises:
+        ValueError: they don't fit (batch, length), or there is no position at all.
+    """
+    if length == 0:
+        raise ValueError("The sequence has length 0; a scan needs at least one position.")
+    if lengths_B is not None and lengths_B.shape != (batch,):
+        raise ValueError(f"lengths must be (batch,) = ({batch},); got {tuple(lengths_B.shape)}.")
+    if resets_BL is not None and resets_BL.shape != (batch, length):
+        raise ValueError(f"resets must be (batch, length) = {(batch, length)}; got {tuple(resets_BL.shape)}.")

@@ -1,0 +1,154 @@
+import pytest
+import torch
+
+from genossm.ops.backend import use_backend
+from genossm.ops.rows import check_rows
+from genossm.ops.selective_scan import selective_scan, selective_scan_ref, selective_scan_step
+from genossm.testing import assert_close
+
+SMALL, LONG = (2, 37, 5, 3), (2, 150, 3, 2)
+KINDS = ["plain", "reverse", "lengths", "reverse-lengths", "resets", "reverse-resets", "all", "reverse-all"]
+CASES = [((1, 1, 1, 1), "plain"), (LONG, "all"), (LONG, "reverse-all"), *((SMALL, kind) for kind in KINDS)]
+IDS = ["x".join(map(str, shape)) + f"-{kind}" for shape, kind in CASES]
+
+
+def draw_inputs(batch, length, width, states, dtype=torch.float64, bare=False, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=gen)
+
+    drawn = {
+        "u_BLE": draw(batch, length, width),
+        "dt_BLE": draw(batch, length, width),
+        "A_EN": -draw(width, states).exp(),
+        "B_BLN": draw(batch, length, states),
+        "C_BLN": draw(batch, length, states),
+    }
+    if not bare:
+        drawn |= {
+            "D_E": draw(width),
+            "z_BLE": draw(batch, length, width),
+            "dt_bias_E": draw(width),
+            "initial_state_BEN": draw(batch, width, states),
+        }
+    return {name: tensor.to(dtype).requires_grad_() for name, tensor in drawn.items()}
+
+
+def draw_rows(kind, batch, length):
+    gen = torch.Generator().manual_seed(1)
+    rows = {"reverse": "reverse" in kind}
+    if "lengths" in kind or "all" in kind:
+        rows["lengths_B"] = torch.randint(1, length + 1, (batch,), generator=gen)
+    if "resets" in kind or "all" in kind:
+        rows["resets_BL"] = torch.rand(batch, length, generator=gen) < 0.1
+    return rows
+
+
+def compare(inputs, rows, dtype=None):
+    """Hold results and every gradient to the reference in float64."""
+    truth_inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    truths = selective_scan_ref(**truth_inputs, **rows, return_state=True)
+    results = selective_scan(**inputs, **rows, return_state=True)
+    weights = [torch.randn_like(truth) for truth in truths]
+    for name, got, truth in zip(("y_BLE", "state_BEN"), results, truths, strict=True):
+        assert_close(got, truth, name, dtype)
+    got = torch.autograd.grad(results, list(inputs.values()), [w.to(r) for w, r in zip(weights, results, strict=True)])
+    want = torch.autograd.grad(truths, list(truth_inputs.values()), weights)
+    for name, one, other in zip(inputs, got, want, strict=True):
+        assert_close(one, other, f"gradient of {name}", dtype)
+
+
+@pytest.mark.parametrize(("shape", "kind"), CASES, ids=IDS)
+def test_torch_equals_reference_forward_and_backward(shape, kind):
+    with use_backend("torch"):
+        compare(draw_inputs(*shape), draw_rows(kind, *shape[:2]))
+
+
+def test_torch_without_options():
+    with use_backend("torch"):
+        compare(draw_inputs(2, 37, 5, 3, bare=True), {"dt_softplus": True})
+
+
+def test_torch_without_softplus():
+    inputs = draw_inputs(2, 37, 5, 3, bare=True)
+    inputs["dt_BLE"] = inputs["dt_BLE"].detach().abs().requires_grad_()
+    with use_backend("torch"):
+        compare(inputs, {"dt_softplus": False})
+
+
+@pytest.mark.parametrize("kind", ["plain", "reverse"])
+def test_halves_with_a_carried_state_equal_the_whole(kind):
+    inputs = draw_inputs(2, 50, 5, 3)
+    reverse = kind == "reverse"
+    whole, last = selective_scan(**inputs, reverse=reverse, return_state=True)
+    state, parts = inputs["initial_state_BEN"], {}
+    for span in [slice(21, 50), slice(0, 21)] if reverse else [slice(0, 21), slice(21, 50)]:
+        part = {k: v[:, span] if k in ("u_BLE", "dt_BLE", "B_BLN", "C_BLN", "z_BLE") else v for k, v in inputs.items()}
+        part["initial_state_BEN"] = state
+        parts[span.start], state = selective_scan(**part, reverse=reverse, return_state=True)
+    assert_close(torch.cat([parts[0], parts[21]], dim=1), whole)
+    assert_close(state, last)
+
+
+def test_a_row_gives_what_it_gives_alone_whatever_stands_in_the_padding():
+    inputs = draw_inputs(2, 40, 5, 3)
+    for name in ("u_BLE", "dt_BLE", "z_BLE"):
+        inputs[name] = inputs[name].detach().clone()
+        inputs[name][1, 13:] = 1e4
+    for reverse in (False, True):
+        y, state = selective_scan(**inputs, lengths_B=torch.tensor([40, 13]), reverse=reverse, return_state=True)
+        alone = {
+            k: v[1:2, :13] if k in ("u_BLE", "dt_BLE", "B_BLN", "C_BLN", "z_BLE") else v for k, v in inputs.items()
+        }
+        alone["initial_state_BEN"] = inputs["initial_state_BEN"][1:2]
+        y_alone, state_alone = selective_scan(**alone, reverse=reverse, return_state=True)
+        assert_close(y[1:2, :13], y_alone)
+        assert_close(state[1:2], state_alone)
+        assert not y[1, 13:].any()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_documents_give_what_each_gives_alone(reverse):
+    inputs = draw_inputs(1, 40, 5, 3)
+    del inputs["initial_state_BEN"]
+    starts = [0, 7, 8, 30]
+    resets = torch.zeros(1, 40, dtype=torch.bool)
+    resets[0, starts] = True
+    packed = selective_scan(**inputs, resets_BL=resets, reverse=reverse)
+    for start, end in zip(starts, [*starts[1:], 40], strict=True):
+        alone = {
+            k: v[:, start:end] if k in ("u_BLE", "dt_BLE", "B_BLN", "C_BLN", "z_BLE") else v for k, v in inputs.items()
+        }
+        assert_close(packed[:, start:end], selective_scan(**alone, reverse=reverse))
+
+
+def test_step_by_step_equals_all_at_once():
+    inputs = draw_inputs(2, 9, 5, 3)
+    whole, last = selective_scan(**inputs, return_state=True)
+    state = inputs.pop("initial_state_BEN")
+    for t in range(9):
+        y, state = selective_scan_step(
+            *(inputs[name][:, t] for name in ("u_BLE", "dt_BLE")),
+            inputs["A_EN"],
+            *(inputs[name][:, t] for name in ("B_BLN", "C_BLN")),
+            inputs["D_E"],
+            inputs["z_BLE"][:, t],
+            inputs["dt_bias_E"],
+            state_BEN=state,
+        )
+        assert_close(y, whole[:, t])
+    assert_close(state, last)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((torch.tensor([3]), None, 2, 5), r"lengths must be \(batch,\) = \(2,\)"),
+        ((None, torch.zeros(2, 4, dtype=torch.bool), 2, 5), r"resets must be \(batch, length\) = \(2, 5\)"),
+        ((None, None, 2, 0), "length 0"),
+    ],
+)
+def test_rows_of_another_shape_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        check_rows(*rows)
