@@ -43,6 +43,9 @@ class BackboneConfig(ABC):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number; got {value!r}.")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("dropout") and not 0 <= getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be in [0, 1); got {getattr(self, field.name)}.")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -61,9 +61,6 @@ class HyenaDNAConfig(BackboneConfig):
             raise ValueError(f"emb_dim must be odd and at least 3; got {self.emb_dim}.")
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1; got {self.max_length}.")
-        for name in ("embed_dropout", "residual_dropout", "hyena_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
 
     def build(self) -> "HyenaDNA":
         return HyenaDNA(self)

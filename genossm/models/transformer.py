@@ -50,9 +50,6 @@ class TransformerConfig(BackboneConfig):
         check_heads(self.d_model, self.n_head, self.n_head if self.n_kv_head is None else self.n_kv_head)
         # It refuses what it can't turn.
         Rotary(self.d_model // self.n_head, self.rotary_base, self.rotary_scaling)
-        for name in ("embed_dropout", "residual_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}.")
 
     def build(self) -> "Transformer":
         return Transformer(self)

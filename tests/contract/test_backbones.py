@@ -17,6 +17,10 @@ TINY = {
         {"d_model": 24, "n_layer": 1, "n_head": 6, "n_kv_head": 2, "bias": False, "tie_embeddings": False},
         {"d_model": 16, "n_layer": 2, "n_head": 4, "causal": False},
     ],
+    "cnn": [
+        {"d_model": 8, "n_layer": 3, "kernel_size": 3, "dilation_cycle": 2},
+        {"d_model": 8, "n_layer": 4, "kernel_size": 5, "causal": False, "tie_embeddings": False},
+    ],
 }
 """Small shapes of each backbone; every `model_type` must have at least one."""
 
