@@ -5,6 +5,7 @@ Logical layout is (batch, length, width). Every backend takes what `selective_sc
 """
 
 import importlib
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -72,6 +73,12 @@ def selective_scan_ref(
     return (y_BLE, h) if return_state else y_BLE
 
 
+@overload
+def selective_scan(*args: Any, return_state: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
+@overload
+def selective_scan(*args: Any, return_state: Literal[False] = False, **options: Any) -> Tensor: ...
+@overload
+def selective_scan(*args: Any, return_state: bool, **options: Any) -> Any: ...
 def selective_scan(
     u_BLE: Float[Tensor, "B L E"],
     dt_BLE: Float[Tensor, "B L E"],
