@@ -1,7 +1,7 @@
 """Short depthwise convolutions over time: Hyena's (width 3) and Mamba's (width 4)."""
 
 import importlib
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -60,12 +60,6 @@ def causal_conv1d_ref(
     return (y_BLE, state) if return_state else y_BLE
 
 
-@overload
-def causal_conv1d(*args: Any, return_state: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
-@overload
-def causal_conv1d(*args: Any, return_state: Literal[False] = False, **options: Any) -> Tensor: ...
-@overload
-def causal_conv1d(*args: Any, return_state: bool, **options: Any) -> Any: ...
 def causal_conv1d(
     x_BLE: Float[Tensor, "B L E"],
     w_EW: Float[Tensor, "E W"],
@@ -77,7 +71,7 @@ def causal_conv1d(
     reverse: bool = False,
     lengths_B: Integer[Tensor, " B"] | None = None,
     resets_BL: Bool[Tensor, "B L"] | None = None,
-) -> Float[Tensor, "B L E"] | tuple[Float[Tensor, "B L E"], Float[Tensor, "B E W1"]]:
+) -> Any:
     """Convolve each channel with its own W taps, the last of which meets the present position.
 
     Args:

@@ -5,7 +5,7 @@ Logical layout is (batch, length, width). Every backend takes what `selective_sc
 """
 
 import importlib
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -73,12 +73,6 @@ def selective_scan_ref(
     return (y_BLE, h) if return_state else y_BLE
 
 
-@overload
-def selective_scan(*args: Any, return_state: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
-@overload
-def selective_scan(*args: Any, return_state: Literal[False] = False, **options: Any) -> Tensor: ...
-@overload
-def selective_scan(*args: Any, return_state: bool, **options: Any) -> Any: ...
 def selective_scan(
     u_BLE: Float[Tensor, "B L E"],
     dt_BLE: Float[Tensor, "B L E"],
@@ -95,7 +89,7 @@ def selective_scan(
     reverse: bool = False,
     lengths_B: Integer[Tensor, " B"] | None = None,
     resets_BL: Bool[Tensor, "B L"] | None = None,
-) -> Float[Tensor, "B L E"] | tuple[Float[Tensor, "B L E"], Float[Tensor, "B E N"]]:
+) -> Any:
     """Run the selective scan on the fastest backend that the tensors' device has.
 
     Args:

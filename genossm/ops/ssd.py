@@ -1,7 +1,7 @@
 """The state-space dual of Mamba-2 (Dao & Gu 2024, section 6): a selective scan whose decay is one scalar a head."""
 
 import importlib
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -70,12 +70,6 @@ def ssd_ref(
     return (y_BLHP, h) if return_state else y_BLHP
 
 
-@overload
-def ssd(*args: Any, return_state: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
-@overload
-def ssd(*args: Any, return_state: Literal[False] = False, **options: Any) -> Tensor: ...
-@overload
-def ssd(*args: Any, return_state: bool, **options: Any) -> Any: ...
 def ssd(
     x_BLHP: Float[Tensor, "B L H P"],
     dt_BLH: Float[Tensor, "B L H"],
@@ -92,7 +86,7 @@ def ssd(
     reverse: bool = False,
     lengths_B: Integer[Tensor, " B"] | None = None,
     resets_BL: Bool[Tensor, "B L"] | None = None,
-) -> Float[Tensor, "B L H P"] | tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H P N"]]:
+) -> Any:
     """Run the state-space dual on the fastest backend that the tensors' device has.
 
     Args:
