@@ -13,6 +13,7 @@ HYDRA_VERBS = {
 """Verbs whose arguments are Hydra overrides: their module's `main()` reads them from sys.argv."""
 
 FLAG_VERBS: dict[str, str] = {
+    "embed": "sequences, intervals, chromosomes to vectors:  genossm embed --model M --fasta F --out emb.parquet",
     "bench": "time and memory of ops, training and the data path:  genossm bench ops",
 }
 """Verbs whose flags typer derives from the function of the same name in the module of the same name."""
@@ -58,10 +59,12 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         return
     import typer
 
+    from genossm.flags import command_of
+
     function = getattr(module, verb)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     text = (function.__doc__ or "").partition("\n\n    Args:")[0]
-    app.command(name=verb, help=text)(function)
+    app.command(name=verb, help=text)(command_of(function))
     app(args=list(arguments), prog_name=f"genossm {verb}")
 
 
