@@ -18,9 +18,9 @@ def plot_loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, f
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.09, 0.12, 0.75, 0.84))
     for name, label, style in (
         ("train/bits", "training", {"alpha": 0.5, "lw": 1}),
         ("val/bits", "validation", {"marker": "o"}),
@@ -30,7 +30,8 @@ def plot_loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, f
             axes.plot(*zip(*points, strict=True), label=label, **style)  # type: ignore[arg-type]
     for name, bits in baselines.items():
         axes.axhline(bits, color="0.7", lw=0.8, zorder=0)
-        axes.annotate(name, (1, bits), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="center")
+        place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": True}
+        axes.annotate(f" {name}", (1, bits), fontsize=7, color="0.4", **place)  # type: ignore[arg-type]
     axes.set(xlabel="step", ylabel="bits per base")
     axes.set_ylim(top=min(2.1, axes.get_ylim()[1]))
     axes.legend(frameon=False)
