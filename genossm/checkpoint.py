@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import genossm
 from genossm.models.base import Backbone, config_from_dict
+from genossm.models.classifier import Classifier
+from genossm.nn.head import HeadConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HEAD = "head"
+"""Key of a head in config.json and prefix of its tensors; the backbone's keep the names that they have without one."""
 
 
-def save(model: Backbone, folder: str | Path, notes: dict[str, Any] | None = None) -> Path:
-    """Write a backbone to a folder, whole or not at all.
+def save(model: Backbone | Classifier, folder: str | Path, notes: dict[str, Any] | None = None) -> Path:
+    """Write a model to a folder, whole or not at all.
 
     Args:
-        model: the backbone.
+        model: a backbone, or one with a head, whose shape and label names are written with it.
         folder: where config.json and model.safetensors go; an older model there is replaced.
         notes: what else config.json should say, under `notes` (training data, metrics); plain values.
 
@@ -32,9 +36,15 @@ def save(model: Backbone, folder: str | Path, notes: dict[str, Any] | None = Non
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        values = {**model.config.to_dict(), "genossm_version": genossm.__version__, "notes": notes or {}}
+        backbone = model.backbone if isinstance(model, Classifier) else model
+        tensors = backbone.state_dict()
+        values = backbone.config.to_dict()
+        if isinstance(model, Classifier):
+            values[HEAD] = model.head.config.to_dict()
+            tensors |= {f"{HEAD}.{name}": tensor for name, tensor in model.head.state_dict().items()}
+        values |= {"genossm_version": genossm.__version__, "notes": notes or {}}
         (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-        save_file(_distinct(model.state_dict()), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(_distinct(tensors), temporary / WEIGHTS, metadata={"format": "pt"})
         temporary.chmod(0o755)
         if folder.exists():
             old = temporary.with_name(f"{temporary.name}.old")
@@ -49,7 +59,7 @@ def save(model: Backbone, folder: str | Path, notes: dict[str, Any] | None = Non
 
 
 def load(source: str | Path, device: str | torch.device = "cpu") -> Backbone:
-    """Open a backbone that `save` wrote.
+    """Open a backbone that `save` wrote; a head that was saved with it is left out.
 
     Args:
         source: the folder.
@@ -62,6 +72,37 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Backbone:
         FileNotFoundError: there is no such folder, or a file of it is missing.
         ValueError: config.json is none, or the weights don't fit it; the message names every key.
     """
+    values, tensors, folder = _read(source, device)
+    model = config_from_dict({key: value for key, value in values.items() if key != HEAD}).build().to(device)
+    load_weights(model, {name: t for name, t in tensors.items() if not name.startswith(f"{HEAD}.")}, str(folder))
+    return model.eval()
+
+
+def load_classifier(source: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """Open a fine-tuned model that `save` wrote: the backbone, its head and the names of the answers.
+
+    Args:
+        source: the folder.
+        device: where the weights go.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file of it is missing.
+        ValueError: the model has no head, or see `load`.
+    """
+    values, tensors, folder = _read(source, device)
+    if HEAD not in values:
+        raise ValueError(f"{folder} holds a backbone without a head; fine-tune it first, or open it with load.")
+    config = HeadConfig.from_dict(values.pop(HEAD))
+    model = Classifier(config_from_dict(values).build(), config).to(device)
+    prefixed = {name if name.startswith(f"{HEAD}.") else f"backbone.{name}": t for name, t in tensors.items()}
+    load_weights(model, prefixed, str(folder))
+    return model.eval()
+
+
+def _read(source: str | Path, device: str | torch.device) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
     from safetensors.torch import load_file
 
     folder = Path(source).expanduser()
@@ -73,13 +114,11 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Backbone:
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / CONFIG} is no JSON: {error}.") from None
     values = {key: value for key, value in values.items() if key not in ("genossm_version", "notes")}
-    model = config_from_dict(values).build().to(device)
-    load_weights(model, load_file(folder / WEIGHTS, device=str(device)), str(folder))
-    return model.eval()
+    return values, load_file(folder / WEIGHTS, device=str(device)), folder
 
 
-def load_weights(model: Backbone, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a backbone; every key must be there, none may be left over, every shape must fit.
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy tensors into a model; every key must be there, none may be left over, every shape must fit.
 
     Raises:
         ValueError: it names the keys and shapes that don't fit.

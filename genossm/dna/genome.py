@@ -113,6 +113,13 @@ class Genome:
         shown = ", ".join(known[:8]) + (f", … ({len(known)} in all)" if len(known) > 8 else "")
         raise KeyError(f"No contig is named {name!r}; there are: {shown}.")
 
+    def size(self, name: str) -> int | None:
+        """Return the length of a contig in bp, or None where there is none of that name."""
+        try:
+            return self._where[self.resolve(name)][1].length
+        except KeyError:
+            return None
+
     def codes(self, name: str) -> Bytes:
         """Return one contig as stored bytes: a read-only view of the memory map, nothing is copied."""
         number, contig = self._where[self.resolve(name)]

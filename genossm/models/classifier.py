@@ -23,8 +23,8 @@ class Classifier(nn.Module):
 
     def forward(
         self, ids_BLS: Integer[Tensor, "B L *S"], lengths_B: Integer[Tensor, " B"] | None = None
-    ) -> Float[Tensor, "B C"]:
-        """Return the answers to a batch.
+    ) -> Float[Tensor, "B *P C"]:
+        """Return the answers to a batch: y_BC, or y_BPC where the head answers each position.
 
         Args:
             ids_BLS: ids (B, L), or (B, L, 2): a sequence and its reverse complement, whose answers are averaged.
@@ -32,6 +32,8 @@ class Classifier(nn.Module):
         """
         if ids_BLS.ndim == 2:
             return self.answer(ids_BLS, lengths_B)
+        if self.head.config.pooling == "none":
+            raise ValueError("A head that answers each position takes one strand; average the two outside.")
         strands = [self.answer(ids_BL, lengths_B) for ids_BL in ids_BLS.unbind(-1)]
         return torch.stack(strands).mean(0)
 

@@ -1,12 +1,17 @@
 """Heads: one answer a sequence (or a position) from the hidden states of a backbone."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-POOLINGS = ("mean", "max", "first", "last", "sum")
+POOLINGS = ("mean", "max", "first", "last", "sum", "center")
+HEAD_POOLINGS = (*POOLINGS, "attention", "none")
+"""What a head may do besides: weigh the positions by a learned score, or answer each position."""
+CENTER = 4
+"""Positions on each side of the middle of a row that "center" averages."""
 DECODER_MODES = ("last", "first", "pool", "sum", "ragged")
 
 
@@ -35,6 +40,11 @@ def pool(x_BLD: Tensor, mode: str, lengths_B: Tensor | None = None) -> Tensor:
     padding_BL1 = (torch.arange(x_BLD.shape[1], device=x_BLD.device) >= lengths_B[:, None])[..., None]
     if mode == "max":
         return x_BLD.masked_fill(padding_BL1, -torch.inf).amax(1)
+    if mode == "center":
+        # Of a row of even length the middle lies between two positions, so the window is its own mirror image.
+        twice_BL = 2 * torch.arange(x_BLD.shape[1], device=x_BLD.device) + 1 - lengths_B[:, None]
+        outside_BL1 = (twice_BL.abs() > 2 * CENTER)[..., None] | padding_BL1
+        return x_BLD.masked_fill(outside_BL1, 0).sum(1) / (~outside_BL1).sum(1).to(x_BLD.dtype)
     total_BD = x_BLD.masked_fill(padding_BL1, 0).sum(1)
     return total_BD if mode == "sum" else total_BD / lengths_B[:, None].to(x_BLD.dtype)
 
@@ -50,7 +60,7 @@ class HeadConfig:
     n_outputs: int
     """Classes, labels or regression targets C."""
     pooling: str = "mean"
-    """One of `POOLINGS`."""
+    """One of `HEAD_POOLINGS`; "none" answers each position."""
     bias: bool = True
     """Whether the last linear layer has a bias."""
     strands: int = 1
@@ -59,6 +69,12 @@ class HeadConfig:
     """Put a tanh layer of width D before the last one (the classifier of ESM and the Nucleotide Transformer)."""
     dropout: float = 0.0
     """Dropout of what enters each linear layer."""
+    bin: int = 1
+    """Positions whose mean gets one answer, where `pooling` is "none"."""
+    kind: str = ""
+    """What is predicted: the kind of the target that the head was trained on."""
+    names: tuple[str, ...] = ()
+    """Names of the answers, in their order."""
     pad_id: int | None = None
     """Where set, a row ends before its first such id, or at its end if it has none or begins with one, and padding
     masks are not looked at (what the published HyenaDNA classifier does)."""
@@ -66,8 +82,12 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.n_outputs < 1:
             raise ValueError(f"n_outputs must be at least 1; got {self.n_outputs}.")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {self.pooling!r}.")
+        if self.pooling not in HEAD_POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(HEAD_POOLINGS)}; got {self.pooling!r}.")
+        if self.bin < 1 or (self.bin > 1 and self.pooling != "none"):
+            raise ValueError(f"bin must be at least 1, and 1 unless pooling is none; got {self.bin}.")
+        if self.names and len(self.names) != self.n_outputs:
+            raise ValueError(f"{self.n_outputs} outputs can't have {len(self.names)} names.")
         if self.strands not in (1, 2):
             raise ValueError(f"strands must be 1 or 2; got {self.strands}.")
         if not 0 <= self.dropout < 1:
@@ -76,6 +96,20 @@ class HeadConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for config.json."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HeadConfig":
+        """Build the config from plain values.
+
+        Raises:
+            ValueError: a key is unknown; the message names it.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"A head has no {', '.join(unknown)}; it has: {', '.join(known)}.")
+        given: dict[str, Any] = {**values, "names": tuple(values.get("names", ()))}
+        return cls(**given)
 
 
 class SequenceHead(nn.Module):
@@ -92,22 +126,38 @@ class SequenceHead(nn.Module):
         width = d_output // config.strands
         self.dropout = nn.Dropout(config.dropout)
         self.dense = nn.Linear(width, width) if config.hidden else None
+        self.score = nn.Linear(width, 1) if config.pooling == "attention" else None
         self.out = nn.Linear(width, config.n_outputs, bias=config.bias)
-        for layer in (self.dense, self.out):
+        for layer in (self.dense, self.score, self.out):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Return y_BC of hidden states; padding, told by `lengths_B`, is never looked at."""
+        """Return y_BC of hidden states, or y_BPC where `pooling` is "none"; padding, told by `lengths_B`, is never
+        looked at.
+        """
         if self.config.strands == 1:
-            return self.answer(pool(x_BLD, self.config.pooling, lengths_B))
+            return self.answer(self.pool(x_BLD, self.config.pooling, lengths_B))
         forward_BLD, reverse_BLD = x_BLD.chunk(2, dim=-1)
         # The other strand begins where this one ends.
         mirrored = {"first": "last", "last": "first"}.get(self.config.pooling, self.config.pooling)
-        forward_BC = self.answer(pool(forward_BLD, self.config.pooling, lengths_B))
-        return (forward_BC + self.answer(pool(reverse_BLD.flip(-1), mirrored, lengths_B))) / 2
+        forward_BC = self.answer(self.pool(forward_BLD, self.config.pooling, lengths_B))
+        return (forward_BC + self.answer(self.pool(reverse_BLD.flip(-1), mirrored, lengths_B))) / 2
+
+    def pool(self, x_BLD: Tensor, mode: str, lengths_B: Tensor | None) -> Tensor:
+        """Return x_BD, or x_BPD of the bins where `mode` is "none"."""
+        if mode == "none":
+            width = self.config.bin
+            return x_BLD if width == 1 else x_BLD.unflatten(1, (-1, width)).mean(2)
+        if self.score is None:
+            return pool(x_BLD, mode, lengths_B)
+        score_BL = self.score(x_BLD).squeeze(-1).float()
+        if lengths_B is not None:
+            padding_BL = torch.arange(x_BLD.shape[1], device=x_BLD.device) >= lengths_B[:, None]
+            score_BL = score_BL.masked_fill(padding_BL, -torch.inf)
+        return torch.einsum("bl,bld->bd", score_BL.softmax(-1).to(x_BLD.dtype), x_BLD)
 
     def answer(self, x_BD: Tensor) -> Tensor:
         """Return y_BC of pooled vectors."""

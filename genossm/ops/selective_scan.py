@@ -5,6 +5,7 @@ Logical layout is (batch, length, width). Every backend takes what `selective_sc
 """
 
 import importlib
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -88,7 +89,7 @@ def selective_scan(
     reverse: bool = False,
     lengths_B: Integer[Tensor, " B"] | None = None,
     resets_BL: Bool[Tensor, "B L"] | None = None,
-) -> Float[Tensor, "B L E"] | tuple[Float[Tensor, "B L E"], Float[Tensor, "B E N"]]:
+) -> Any:
     """Run the selective scan on the fastest backend that the tensors' device has.
 
     Args:

@@ -1,5 +1,7 @@
 """Heads: pooling never looks at padding; the published decoder does what its code does."""
 
+import json
+
 import pytest
 import torch
 
@@ -75,3 +77,38 @@ def test_decoder_looks_at_real_positions_where_told():
 def test_impossible_heads_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         HeadConfig(**values)
+
+
+def test_center_is_its_own_mirror_image_and_sees_no_padding():
+    x = torch.randn(2, 12, 3)
+    lengths = torch.tensor([12, 7])
+    pooled = pool(x, "center", lengths)
+    torch.testing.assert_close(pooled[0], x[0, 2:10].mean(0))
+    torch.testing.assert_close(pooled[1], x[1, :7].mean(0))
+    torch.testing.assert_close(pool(x[:1].flip(1), "center"), pooled[:1])
+
+
+def test_attention_ignores_padding():
+    head = SequenceHead(3, HeadConfig(n_outputs=2, pooling="attention")).eval()
+    x = torch.randn(2, 12, 3)
+    lengths = torch.tensor([12, 7])
+    changed = x.clone()
+    changed[1, 7:] = 1e3
+    torch.testing.assert_close(head(changed, lengths), head(x, lengths))
+    torch.testing.assert_close(head(x[1:, :7]), head(x, lengths)[1:])
+
+
+def test_answers_along_the_sequence_and_in_bins():
+    x = torch.randn(2, 12, 3)
+    assert SequenceHead(3, HeadConfig(n_outputs=2, pooling="none"))(x).shape == (2, 12, 2)
+    binned = SequenceHead(3, HeadConfig(n_outputs=2, pooling="none", bin=4))
+    torch.testing.assert_close(binned(x)[:, 0], binned.answer(x[:, :4].mean(1)))
+
+
+def test_config_survives_the_file():
+    config = HeadConfig(n_outputs=2, names=("a", "b"), kind="binary", pooling="attention")
+    assert HeadConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="A head has no width"):
+        HeadConfig.from_dict({"width": 3})
+    with pytest.raises(ValueError, match="can't have 3 names"):
+        HeadConfig(n_outputs=2, names=("a", "b", "c"))
