@@ -12,6 +12,7 @@ from genossm.ops import backend
 from genossm.ops.rows import check_rows, dropped_states, real_positions
 
 _KERNELS = {
+    "numba": "genossm.ops.kernels.causal_conv1d_numba",
     "torch": "genossm.ops.kernels.causal_conv1d_torch",
 }
 """The module whose `causal_conv1d` is a backend, fastest first."""
@@ -95,7 +96,10 @@ def causal_conv1d(
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu'; got {activation!r}.")
     check_rows(lengths_B, resets_BL, x_BLE.shape[0], x_BLE.shape[1])
-    chosen = backend.choose("causal_conv1d", x_BLE.device, [*_KERNELS, "reference"]).name
+    # The CPU kernel computes in float32 with channels contiguous; torch's own is the fast one where time is.
+    fits = x_BLE.device.type != "cpu" or (x_BLE.dtype != torch.float64 and x_BLE.stride(2) == 1)
+    offered = [name for name in _KERNELS if name != "numba" or fits]
+    chosen = backend.choose("causal_conv1d", x_BLE.device, [*offered, "reference"]).name
     conv = causal_conv1d_ref if chosen == "reference" else importlib.import_module(_KERNELS[chosen]).causal_conv1d
     return conv(
         x_BLE,

@@ -16,6 +16,7 @@ from genossm.ops import backend
 from genossm.ops.rows import check_rows, dropped_states, real_positions
 
 _KERNELS = {
+    "numba": "genossm.ops.kernels.selective_scan_numba",
     "torch": "genossm.ops.kernels.selective_scan_torch",
 }
 """The module whose `selective_scan` is a backend, fastest first."""
@@ -114,7 +115,8 @@ def selective_scan(
         ValueError: no position, lengths or resets of another shape, or a backend asked for that can't run here.
     """
     check_rows(lengths_B, resets_BL, u_BLE.shape[0], u_BLE.shape[1])
-    chosen = backend.choose("selective_scan", u_BLE.device, [*_KERNELS, "reference"]).name
+    offered = [name for name in _KERNELS if name != "numba" or _numba_takes(u_BLE, A_EN, dt_softplus)]
+    chosen = backend.choose("selective_scan", u_BLE.device, [*offered, "reference"]).name
     scan = selective_scan_ref if chosen == "reference" else importlib.import_module(_KERNELS[chosen]).selective_scan
     return scan(
         u_BLE,
@@ -132,6 +134,13 @@ def selective_scan(
         lengths_B=lengths_B,
         resets_BL=resets_BL,
     )
+
+
+def _numba_takes(u_BLE: Tensor, A_EN: Tensor, dt_softplus: bool) -> bool:
+    # The CPU kernel computes in float32, and its exponential is exact at 0 and below only.
+    if u_BLE.device.type != "cpu":
+        return True
+    return u_BLE.dtype != torch.float64 and dt_softplus and bool((A_EN <= 0).all())
 
 
 def selective_scan_step(

@@ -22,6 +22,22 @@ def test_torch_equals_reference_forward_and_backward(rows, activation):
         )
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_numba_equals_reference_forward_and_backward(rows, activation):
+    inputs = draw_inputs(2, 37, 5, 4, dtype=torch.float32)
+    with use_backend("numba"):
+        assert_equals_reference(causal_conv1d, causal_conv1d_ref, inputs, {**rows, "activation": activation})
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 2, 300, 4), (3, 33, 5, 2), (1, 70, 3, 7)])
+def test_numba_at_odd_sizes(shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs = draw_inputs(*shape, dtype=torch.float32, bare=True)
+    with use_backend("numba"):
+        assert_equals_reference(causal_conv1d, causal_conv1d_ref, inputs, {"reverse": shape[0] == 2})
+
+
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 7])

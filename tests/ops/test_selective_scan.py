@@ -43,6 +43,68 @@ def test_torch_over_several_chunks(shape, reverse):
         assert_equals_reference(selective_scan, selective_scan_ref, draw_inputs(*shape), options)
 
 
+def test_numba_equals_reference_forward_and_backward(rows):
+    with use_backend("numba"):
+        assert_equals_reference(selective_scan, selective_scan_ref, draw_inputs(2, 37, 5, 3, dtype=torch.float32), rows)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 63, 1, 16), (2, 65, 300, 2), (3, 131, 17, 1)])
+def test_numba_at_odd_sizes(shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    options = {"reverse": shape[0] == 2, "return_state": True}
+    with use_backend("numba"):
+        assert_equals_reference(selective_scan, selective_scan_ref, draw_inputs(*shape, dtype=torch.float32), options)
+
+
+def test_numba_without_options():
+    inputs = draw_inputs(2, 37, 5, 3, dtype=torch.float32, bare=True)
+    with use_backend("numba"):
+        assert_equals_reference(selective_scan, selective_scan_ref, inputs, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["numba", "torch"])
+def test_half_precision_is_computed_in_float32(name, dtype):
+    inputs = draw_inputs(1, 33, 5, 3, dtype=dtype)
+    with use_backend(name):
+        assert_equals_reference(selective_scan, selective_scan_ref, inputs, {})
+
+
+@pytest.mark.parametrize("name", ["numba", "torch", "reference"])
+def test_extreme_steps_and_rates_stay_finite(name):
+    # In half precision exp(dt) overflows at 11.1: steps of 60,000 must decay to 0, not to NaN.
+    inputs = draw_inputs(1, 5, 3, 2, dtype=torch.float16)
+    inputs["dt_BLE"] = torch.full_like(inputs["dt_BLE"], 6e4)
+    inputs["dt_BLE"][:, 2] = -6e4
+    inputs["A_EN"] = torch.full_like(inputs["A_EN"], -6e4)
+    inputs["u_BLE"] = inputs["u_BLE"] * 1e-4
+    with use_backend(name):
+        y, state = selective_scan(**inputs, return_state=True)
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(state).all()
+
+
+@pytest.mark.parametrize("name", ["numba", "torch"])
+def test_a_nan_comes_out_from_where_it_goes_in(name):
+    for field in ("u_BLE", "dt_BLE", "B_BLN"):
+        inputs = draw_inputs(1, 9, 3, 2, dtype=torch.float32)
+        inputs[field] = inputs[field].detach().clone()
+        inputs[field][0, 4, 0] = torch.nan
+        with use_backend(name):
+            y = selective_scan(**inputs)
+        assert torch.isnan(y[0, 4:, 0]).all()
+        assert torch.isfinite(y[0, :4]).all()
+
+
+def test_growing_states_and_float64_go_to_torch():
+    inputs = draw_inputs(1, 9, 3, 2, dtype=torch.float32, bare=True)
+    inputs["A_EN"] = -inputs["A_EN"]
+    assert_equals_reference(selective_scan, selective_scan_ref, inputs, {})
+    with use_backend("numba"), pytest.raises(ValueError, match="has no backend 'numba'"):
+        selective_scan(**inputs)
+
+
 @pytest.mark.parametrize("softplus", [True, False])
 def test_torch_without_options(softplus):
     inputs = draw_inputs(2, 37, 5, 3, bare=True)
