@@ -1,18 +1,24 @@
 """Models on disk: a folder with config.json (data, never code) and model.safetensors."""
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import genossm
+from genossm import published
 from genossm.models.base import Backbone, config_from_dict
 from genossm.models.classifier import Classifier
 from genossm.nn.head import HeadConfig
+from genossm.source import find
+from genossm.weights import assign, no_weights
+
+logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEAD = "head"
@@ -58,85 +64,77 @@ def save(model: Backbone | Classifier, folder: str | Path, notes: dict[str, Any]
     return folder
 
 
-def load(source: str | Path, device: str | torch.device = "cpu") -> Backbone:
-    """Open a backbone that `save` wrote; a head that was saved with it is left out.
+def load(source: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> Backbone:
+    """Open a backbone: one of ours, or a published checkpoint of a family that `genossm.layouts` knows.
+
+    Every tensor is read once, mapped from its file; nothing in a file or a repository is executed.
 
     Args:
-        source: the folder.
+        source: a folder, a file of weights with config.json beside it, or a hub id (`owner/name[@revision]`). A head
+            that was saved with the backbone is left out; `load_classifier` opens both.
         device: where the weights go.
+        revision: a branch, tag or commit of a hub id.
 
     Returns:
         The backbone, in eval mode.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a file of it is missing.
-        ValueError: config.json is none, or the weights don't fit it; the message names every key.
+        FileNotFoundError: there is no such folder or model, or a file of it is missing.
+        ValueError: config.json is none, names something that we don't support, or the weights don't fit it; the
+            message names every key.
     """
-    values, tensors, folder = _read(source, device)
-    model = config_from_dict({key: value for key, value in values.items() if key != HEAD}).build().to(device)
-    load_weights(model, {name: t for name, t in tensors.items() if not name.startswith(f"{HEAD}.")}, str(folder))
+    found = find(source, revision)
+    values = found.read_config()
+    if not _is_ours(values):
+        imported = published.read(found, device)
+        if imported.classifier is not None:
+            logger.info("%s has a head, which load leaves out; load_classifier opens it.", source)
+        return imported.backbone
+    with no_weights():
+        model = config_from_dict(_shape(values)).build()
+    tensors = found.read_tensors(device)
+    assign(model, {name: t for name, t in tensors.items() if not name.startswith(f"{HEAD}.")}, found.name, device)
     return model.eval()
 
 
-def load_classifier(source: str | Path, device: str | torch.device = "cpu") -> Classifier:
-    """Open a fine-tuned model that `save` wrote: the backbone, its head and the names of the answers.
+def load_classifier(source: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> Classifier:
+    """Open a fine-tuned model, ours or published: the backbone, its head and the names of the answers.
 
     Args:
-        source: the folder.
+        source: see `load`.
         device: where the weights go.
+        revision: a branch, tag or commit of a hub id.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a file of it is missing.
+        FileNotFoundError: see `load`.
         ValueError: the model has no head, or see `load`.
     """
-    values, tensors, folder = _read(source, device)
+    found = find(source, revision)
+    values = found.read_config()
+    if not _is_ours(values):
+        imported = published.read(found, device)
+        if imported.classifier is None:
+            raise ValueError(f"{source} holds a backbone without a head; fine-tune it first, or open it with load.")
+        return imported.classifier
     if HEAD not in values:
-        raise ValueError(f"{folder} holds a backbone without a head; fine-tune it first, or open it with load.")
-    config = HeadConfig.from_dict(values.pop(HEAD))
-    model = Classifier(config_from_dict(values).build(), config).to(device)
+        raise ValueError(f"{source} holds a backbone without a head; fine-tune it first, or open it with load.")
+    with no_weights():
+        model = Classifier(config_from_dict(_shape(values)).build(), HeadConfig.from_dict(values[HEAD]))
+    tensors = found.read_tensors(device)
     prefixed = {name if name.startswith(f"{HEAD}.") else f"backbone.{name}": t for name, t in tensors.items()}
-    load_weights(model, prefixed, str(folder))
+    assign(model, prefixed, found.name, device)
     return model.eval()
 
 
-def _read(source: str | Path, device: str | torch.device) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
-    from safetensors.torch import load_file
-
-    folder = Path(source).expanduser()
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no genossm model: it has no {name}.")
-    try:
-        values = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON: {error}.") from None
-    values = {key: value for key, value in values.items() if key not in ("genossm_version", "notes")}
-    return values, load_file(folder / WEIGHTS, device=str(device)), folder
+def _is_ours(values: dict[str, Any]) -> bool:
+    return "genossm_version" in values
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a model; every key must be there, none may be left over, every shape must fit.
-
-    Raises:
-        ValueError: it names the keys and shapes that don't fit.
-    """
-    expected = _distinct(model.state_dict())
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:20]) + (f"; … ({len(problems)} in all)" if len(problems) > 20 else "")
-        raise ValueError(f"The weights of {source} don't fit its config: {shown}.")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
+def _shape(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in ("genossm_version", "notes", HEAD)}
 
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:

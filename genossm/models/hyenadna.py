@@ -42,6 +42,12 @@ class HyenaDNAConfig(BackboneConfig):
     """Floor of the filter's window; the published inference code has 0.05, the published training code 0."""
     layer_norm_eps: float = 1e-5
     """Epsilon of every LayerNorm."""
+    final_norm_eps: float | None = None
+    """Epsilon of the last LayerNorm where it differs."""
+    own_positions: bool = False
+    """Whether each filter holds its positional features, trained, instead of computing them."""
+    own_decay: bool = False
+    """Whether each filter holds the decays of its window instead of computing them."""
     embed_dropout: float = 0.1
     """Dropout of the embeddings."""
     residual_dropout: float = 0.0
@@ -75,7 +81,7 @@ class HyenaDNA(Backbone):
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.embed_dropout)
         self.layers = nn.ModuleList(self._block() for _ in range(config.n_layer))
-        self.norm_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.norm_f = nn.LayerNorm(config.d_model, eps=config.final_norm_eps or config.layer_norm_eps)
         self.lm_head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         )
@@ -96,6 +102,8 @@ class HyenaDNA(Backbone):
             frequency=config.frequency,
             train_freq=config.train_freq,
             shift=config.shift,
+            own_positions=config.own_positions,
+            own_decay=config.own_decay,
         )
         return Block(
             nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),

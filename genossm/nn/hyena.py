@@ -24,6 +24,12 @@ class Sin(nn.Module):
         return torch.sin(self.freq[0, :, None] * h_FL)
 
 
+def decays(channels: int) -> Tensor:
+    """Return the exponents of the filters' windows, of which each falls to 1% between 30% and 150% of the context."""
+    fastest, slowest = math.log(_DECAY_TARGET) / _FAST_DECAY, math.log(_DECAY_TARGET) / _SLOW_DECAY
+    return torch.linspace(slowest, fastest, channels)
+
+
 class HyenaFilter(nn.Module):
     """The implicit filter: a small sinusoidal network from position to tap, under an exponential window.
 
@@ -41,6 +47,8 @@ class HyenaFilter(nn.Module):
         train_freq: whether the frequencies are trained.
         shift: floor of the window: the published inference code has 0.05, the published training code 0.
         skip: whether there is a weight of the input itself, `bias`.
+        own_positions: hold z (a parameter) and t instead of computing them: some published models trained z.
+        own_decay: hold the decays of the window instead of computing them.
     """
 
     NO_WEIGHT_DECAY = "all"
@@ -56,6 +64,8 @@ class HyenaFilter(nn.Module):
         train_freq: bool = True,
         shift: float = 0.05,
         skip: bool = True,
+        own_positions: bool = False,
+        own_decay: bool = False,
     ):
         super().__init__()
         self.l_max = l_max
@@ -68,13 +78,20 @@ class HyenaFilter(nn.Module):
             layers += [nn.Linear(filter_order, filter_order), sine]
         layers.append(nn.Linear(filter_order, channels, bias=False))
         self.implicit_filter = nn.ModuleList(layers)
-        fastest, slowest = math.log(_DECAY_TARGET) / _FAST_DECAY, math.log(_DECAY_TARGET) / _SLOW_DECAY
-        width = torch.linspace(slowest, fastest, channels)
-        self.register_buffer("deltas_C", width.abs(), persistent=False)
+        self.register_buffer("deltas_C", decays(channels), persistent=own_decay)
         self.deltas_C: Tensor
+        self.z_LE: nn.Parameter | None = None
+        self.t_L: Tensor | None = None
+        if own_positions:
+            z_EL, t_L = self.positions(l_max)
+            self.z_LE = nn.Parameter(z_EL.T.contiguous())
+            del self.t_L
+            self.register_buffer("t_L", t_L)
 
     def positions(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the features z_EL and the times t_L of the first `length` positions."""
+        if self.z_LE is not None and self.t_L is not None:
+            return self.z_LE[:length].T, self.t_L[:length]
         device, last = self.deltas_C.device, max(self.l_max - 1, 1)
         index_L = torch.arange(length, device=device, dtype=torch.float64)
         bands = (self.emb_dim - 1) // 2
@@ -96,7 +113,7 @@ class HyenaFilter(nn.Module):
                         h_EL = h_EL + layer.bias[:, None]
                 else:
                     h_EL = layer(h_EL)
-            window_CL = torch.exp(-self.deltas_C[:, None] * t_L) + self.shift
+            window_CL = torch.exp(-self.deltas_C.abs()[:, None] * t_L) + self.shift
             return h_EL * window_CL
 
 

@@ -10,6 +10,7 @@ TINY = {
     "hyenadna": [
         {"d_model": 16, "n_layer": 2, "max_length": 64},
         {"d_model": 16, "n_layer": 1, "max_length": 64, "order": 3},
+        {"d_model": 16, "n_layer": 1, "max_length": 41, "own_positions": True, "own_decay": True},
         {"d_model": 16, "n_layer": 2, "max_length": 64, "bidirectional": True},
     ],
     "transformer": [

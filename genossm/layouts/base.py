@@ -1,0 +1,214 @@
+"""Published layouts of checkpoints: how a family names its config values and its tensors, beside ours.
+
+A layout is a table of two columns, theirs and ours, that must cover a file exactly. `{i}` and `{j}` stand for numbers,
+`{p}` for `weight` or `bias`. Ours is a name of the backbone's state dict, or `head.…`, a name of its sequence head.
+Ours ends in `?` where a backbone may do without the tensor because it can compute it; `None` is dropped on purpose:
+it can be computed again (`Layout.regenerate`), or nothing reads it.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from genossm.models.base import Backbone, BackboneConfig
+from genossm.nn.head import HeadConfig
+
+MISSING: Any = object()
+
+_HUGGINGFACE = """
+_name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _from_model_config _output_attentions
+add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length
+min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+output_attentions output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+transformers_version typical_p use_bfloat16 use_cache
+"""
+HUGGINGFACE_KEYS = frozenset(_HUGGINGFACE.split())
+"""Keys that any HuggingFace config may hold and that say nothing about a backbone's numbers."""
+
+
+class PublishedConfig:
+    """A published config.json as it is read: each key is taken once, and what nobody took is refused.
+
+    Args:
+        values: the config.
+        source: where it comes from, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str):
+        self.values = values
+        self.source = source
+        self._taken: set[str] = set()
+
+    def take(self, key: str, default: Any = MISSING) -> Any:
+        """Return a value; without a default it must be there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        self._taken.add(key)
+        value = self.values.get(key, default)
+        if value is MISSING:
+            raise ValueError(f"The config of {self.source} has no {key}.")
+        return value
+
+    def whole(self, key: str, default: Any = MISSING) -> int:
+        """Return a whole number.
+
+        Raises:
+            ValueError: it is missing or none.
+        """
+        value = self.take(key, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{key} must be a whole number in the config of {self.source}; got {value!r}.")
+        return value
+
+    def require(self, key: str, allowed: Iterable[Any], default: Any = MISSING) -> Any:
+        """Return a value of which only some are supported.
+
+        Raises:
+            ValueError: it is another; the message names the key and what is allowed.
+        """
+        value = self.take(key, default)
+        choices = list(allowed)
+        if value not in choices:
+            shown = ", ".join(repr(choice) for choice in choices)
+            raise ValueError(f"{key}={value!r} in the config of {self.source} is not supported; supported: {shown}.")
+        return value
+
+    def section(self, key: str) -> "PublishedConfig":
+        """Return a nested config.
+
+        Raises:
+            ValueError: it is no mapping.
+        """
+        value = self.take(key, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} must be a mapping in the config of {self.source}; got {value!r}.")
+        return PublishedConfig(value, f"{self.source} ({key})")
+
+    def ignore(self, *keys: str) -> None:
+        """Mark keys as known and of no meaning for a backbone's numbers."""
+        self._taken.update(keys)
+
+    def finish(self) -> None:
+        """Refuse keys that nobody took.
+
+        Raises:
+            ValueError: it names them.
+        """
+        unknown = sorted(set(self.values) - self._taken - HUGGINGFACE_KEYS)
+        if unknown:
+            raise ValueError(f"The config of {self.source} has unknown keys: {', '.join(unknown)}.")
+
+    @property
+    def architecture(self) -> str:
+        """The class that the file was saved from, or an empty string."""
+        architectures = self.values.get("architectures") or [""]
+        return str(architectures[0])
+
+    @property
+    def n_labels(self) -> int:
+        """Number of labels: of `id2label`, else `num_labels`, else 2."""
+        names = self.values.get("id2label")
+        return len(names) if names else int(self.values.get("num_labels") or 2)
+
+
+class Layout(ABC):
+    """One published layout of one backbone; stateless."""
+
+    name: ClassVar[str]
+    """What `genossm convert` calls it."""
+    model_type: ClassVar[str]
+    """The backbone's own name."""
+    keys: ClassVar[tuple[tuple[str, str | None], ...]]
+    """Theirs beside ours."""
+    prefixes: ClassVar[tuple[str, ...]] = ()
+    """What may stand before a tensor's name in the table."""
+
+    @abstractmethod
+    def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
+        """Tell whether a config and the names of the tensors are of this layout."""
+
+    @abstractmethod
+    def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> BackboneConfig:
+        """Return our config; what a config doesn't say may be read from the shapes.
+
+        Raises:
+            ValueError: a value is missing, unknown, or not supported.
+        """
+
+    def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
+        """Return the shape of the sequence head in the file, or None where there is none."""
+        return None
+
+    @abstractmethod
+    def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
+        """Return the published config of a backbone."""
+
+    def bare(self, name: str) -> str:
+        """Return a tensor's name as the table writes it."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                return name[len(prefix) :]
+        return name
+
+    def ours(self, name: str) -> tuple[bool, str | None]:
+        """Return whether the table knows a published name, and ours (with its `?`)."""
+        for pattern, target in self._patterns:
+            match = pattern.fullmatch(self.bare(name))
+            if match:
+                return True, None if target is None else target.format(**match.groupdict())
+        return False, None
+
+    def theirs(self, name: str) -> str | None:
+        """Return the published name of one of ours, or None where the layout has none."""
+        for theirs, ours in self.keys:
+            match = None if ours is None else _pattern(ours.rstrip("?")).fullmatch(name)
+            if match:
+                return theirs.format(**match.groupdict())
+        return None
+
+    def full(self, name: str, head: HeadConfig | None) -> str:
+        """Return the name in a new file of a tensor that the table calls `name`."""
+        return name
+
+    def fit(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a published tensor (bare name) in the shape of ours."""
+        return tensor
+
+    def unfit(self, name: str, tensor: Tensor) -> Tensor:
+        """Return one of our tensors in the published shape (bare name): the inverse of `fit`."""
+        return tensor
+
+    def regenerable(self, config: BackboneConfig) -> list[str]:
+        """Return the bare names of the tensors that a published file holds and ours may do without."""
+        return []
+
+    def constant(self, name: str, config: BackboneConfig) -> Tensor | None:
+        """Return the value of one of our tensors that files of this layout don't hold, or None where they hold it."""
+        return None
+
+    def regenerate(self, name: str, backbone: Backbone) -> Tensor | None:
+        """Return a dropped tensor of a published file (bare name), computed again, or None where nothing tells it."""
+        return None
+
+    @cached_property
+    def _patterns(self) -> tuple[tuple[re.Pattern[str], str | None], ...]:
+        return tuple((_pattern(theirs), ours) for theirs, ours in self.keys)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    text = re.escape(name)
+    text = text.replace(r"\{p\}", "(?P<p>weight|bias)")
+    return re.compile(re.sub(r"\\{([ij])\\}", r"(?P<\1>\\d+)", text))

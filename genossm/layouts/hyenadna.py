@@ -1,0 +1,323 @@
+"""Published HyenaDNA: the HuggingFace repositories and the checkpoints of the training code."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genossm.layouts.base import Layout, PublishedConfig
+from genossm.models.base import Backbone, BackboneConfig
+from genossm.models.hyenadna import HyenaDNAConfig
+from genossm.nn.head import HeadConfig
+from genossm.nn.hyena import decays
+
+_ULPS = 2e-6
+"""How far a formula may be from a stored tensor that was computed by another version of torch."""
+
+
+class _HyenaDNALayout(Layout):
+    """What the two published layouts share."""
+
+    model_type = "hyenadna"
+    keys = (
+        ("backbone.embeddings.word_embeddings.weight", "embedding.weight"),
+        ("backbone.layers.{i}.norm1.{p}", "layers.{i}.norm1.{p}"),
+        ("backbone.layers.{i}.mixer.in_proj.{p}", "layers.{i}.mixer.in_proj.{p}"),
+        ("backbone.layers.{i}.mixer.short_filter.{p}", "layers.{i}.mixer.short_filter.{p}"),
+        ("backbone.layers.{i}.mixer.filter_fn.bias", "layers.{i}.mixer.filter_fn.bias"),
+        (
+            "backbone.layers.{i}.mixer.filter_fn.implicit_filter.{j}.{p}",
+            "layers.{i}.mixer.filter_fn.implicit_filter.{j}.{p}",
+        ),
+        (
+            "backbone.layers.{i}.mixer.filter_fn.implicit_filter.{j}.freq",
+            "layers.{i}.mixer.filter_fn.implicit_filter.{j}.freq",
+        ),
+        ("backbone.layers.{i}.mixer.filter_fn.pos_emb.z", "layers.{i}.mixer.filter_fn.z_LE?"),
+        ("backbone.layers.{i}.mixer.filter_fn.pos_emb.t", "layers.{i}.mixer.filter_fn.t_L?"),
+        ("backbone.layers.{i}.mixer.filter_fn.modulation.deltas", "layers.{i}.mixer.filter_fn.deltas_C?"),
+        ("backbone.layers.{i}.mixer.out_proj.{p}", "layers.{i}.mixer.out_proj.{p}"),
+        ("backbone.layers.{i}.norm2.{p}", "layers.{i}.norm2.{p}"),
+        ("backbone.layers.{i}.mlp.fc1.{p}", "layers.{i}.mlp.fc1.{p}"),
+        ("backbone.layers.{i}.mlp.fc2.{p}", "layers.{i}.mlp.fc2.{p}"),
+        ("backbone.ln_f.{p}", "norm_f.{p}"),
+        ("lm_head.weight", "lm_head.weight"),
+    )
+
+    def fit(self, name: str, tensor: Tensor) -> Tensor:
+        if name.endswith("pos_emb.t") and tensor.ndim == 3:
+            return tensor[0, :, 0]
+        if name.endswith("pos_emb.z") and tensor.ndim == 3:
+            return tensor[0]
+        return tensor.flatten() if name.endswith("modulation.deltas") else tensor
+
+    def unfit(self, name: str, tensor: Tensor) -> Tensor:
+        if name.endswith("pos_emb.t"):
+            return tensor[None, :, None]
+        if name.endswith("pos_emb.z"):
+            return tensor[None]
+        return tensor[None, None] if name.endswith("modulation.deltas") else tensor
+
+    def regenerable(self, config: BackboneConfig) -> list[str]:
+        kinds = ("pos_emb.z", "pos_emb.t", "modulation.deltas")
+        return [f"backbone.layers.{i}.mixer.filter_fn.{kind}" for i in range(config.n_layer) for kind in kinds]
+
+    def held(self, tensors: Mapping[str, Tensor], max_length: int, emb_dim: int) -> dict[str, bool]:
+        """Return which regenerable tensors of a file differ from their formulas and must be held.
+
+        Positions are compared densely at the start and at every 256th from there on: a trained z differs from the
+        formula wherever training reached, which is always a prefix.
+        """
+        z_1LE, t_1L1 = self.positions(max_length, emb_dim)
+        seen_P = torch.unique(torch.cat([torch.arange(min(max_length, 4096)), torch.arange(0, max_length, 256)]))
+        z_PE, t_P = z_1LE[0, seen_P], t_1L1[0, seen_P, 0]
+        own = {"own_positions": False, "own_decay": False}
+        for name, tensor in tensors.items():
+            kind = name.rpartition(".")[2]
+            if kind == "z" and tensor.shape == z_1LE.shape:
+                own["own_positions"] |= not torch.allclose(tensor[0, seen_P], z_PE, atol=_ULPS, rtol=0)
+            elif kind == "t" and tensor.shape == t_1L1.shape:
+                own["own_positions"] |= not torch.allclose(tensor[0, seen_P, 0], t_P, atol=_ULPS, rtol=0)
+            elif kind == "deltas":
+                formula = decays(tensor.shape[-1])
+                own["own_decay"] |= not torch.allclose(tensor.flatten(), formula, atol=10 * _ULPS, rtol=0)
+        return own
+
+    def positions(self, length: int, emb_dim: int) -> tuple[Tensor, Tensor]:
+        """Return z_1LE and t_1L1, rounded as the published code of this layout rounds them."""
+        bands = (emb_dim - 1) // 2
+        t_1L1 = torch.linspace(0, 1, length)[None, :, None]
+        angle_1L1 = 2 * math.pi * torch.linspace(0, length - 1, length)[None, :, None] / length
+        band_11K = torch.linspace(1e-4, bands - 1, bands)[None, None]
+        real_1LK, imaginary_1LK = self.phases(angle_1L1, band_11K)
+        return torch.cat([t_1L1, real_1LK, imaginary_1LK], dim=-1), t_1L1
+
+    def phases(self, angle_1L1: Tensor, band_11K: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the real and imaginary parts of exp(-i band angle)."""
+        return torch.cos(-band_11K * angle_1L1), torch.sin(-band_11K * angle_1L1)
+
+    def constant(self, name: str, config: BackboneConfig) -> Tensor | None:
+        assert isinstance(config, HyenaDNAConfig)
+        if name.endswith(".freq") and not config.train_freq:
+            return torch.full((1, config.filter_order), config.frequency)
+        return None
+
+    def regenerate(self, name: str, backbone: Backbone) -> Tensor | None:
+        config = backbone.config
+        kind = name.rpartition(".")[2]
+        if kind == "deltas":
+            return decays(config.d_model)[None, None]
+        if kind in ("z", "t"):
+            z_1LE, t_1L1 = self.positions(config.max_length, config.emb_dim)
+            return z_1LE if kind == "z" else t_1L1
+        return None
+
+
+class HyenaDNAHuggingFace(_HyenaDNALayout):
+    """The `-hf` repositories: HyenaDNAForCausalLM, HyenaDNAForSequenceClassification, HyenaDNAModel."""
+
+    name = "hyenadna-hf"
+    prefixes = ("hyena.",)
+    keys = (*_HyenaDNALayout.keys, ("score.weight", "head.out.weight"))
+
+    def full(self, name: str, head: HeadConfig | None) -> str:
+        return f"hyena.{name}" if name.startswith("backbone.") else name
+
+    def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
+        return values.get("model_type") == "hyenadna" and "layer" not in values
+
+    def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HyenaDNAConfig:
+        d_model, max_length = config.whole("d_model"), config.whole("max_seq_len")
+        emb_dim = config.whole("emb_dim")
+        config.require("hyena_order", [2], 2)
+        # The published code pads by 2 whatever the number of taps: any other number would look ahead or be shifted.
+        config.require("short_filter_order", [3], 3)
+        config.ignore("use_bias", "hyena_filter_dropout")
+        tied = bool(config.take("tie_word_embeddings", False))
+        has_head = "lm_head.weight" in tensors
+        shape = HyenaDNAConfig(
+            d_model=d_model,
+            n_layer=config.whole("n_layer"),
+            vocab_size=config.whole("vocab_size"),
+            pad_vocab_size_multiple=config.whole("pad_vocab_size_multiple", 8),
+            tokenizer="hyenadna",
+            d_inner=config.take("d_inner", None),
+            max_length=max_length,
+            emb_dim=emb_dim,
+            filter_order=config.whole("filter_order"),
+            num_inner_mlps=config.whole("num_inner_mlps"),
+            frequency=float(config.take("activation_freq")),
+            train_freq=bool(config.take("train_freq", True)),
+            final_norm_eps=float(config.take("layer_norm_epsilon", 1e-5)),
+            embed_dropout=float(config.take("embed_dropout", 0.0)),
+            hyena_dropout=float(config.take("hyena_dropout", 0.0)),
+            tie_embeddings=tied if config.architecture.endswith("CausalLM") else tied or not has_head,
+            **self.held(tensors, max_length, emb_dim),
+        )
+        config.finish()
+        return shape
+
+    def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
+        if "score.weight" not in tensors:
+            return None
+        pad_id = config.values.get("pad_token_id")
+        return HeadConfig(n_outputs=config.n_labels, pooling="last", bias=False, pad_id=pad_id)
+
+    def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
+        config = backbone.config
+        _check_exportable(config)
+        if config.layer_norm_eps != 1e-5 or config.shift != 0.05:
+            raise ValueError(
+                "This layout has layer_norm_eps=1e-5 in its blocks and shift=0.05; the model has"
+                f" layer_norm_eps={config.layer_norm_eps}, shift={config.shift}."
+            )
+        labels = {} if head is None else {"id2label": {str(i): f"LABEL_{i}" for i in range(head.n_outputs)}}
+        return {
+            "model_type": "hyenadna",
+            "architectures": ["HyenaDNAForCausalLM" if head is None else "HyenaDNAForSequenceClassification"],
+            "d_model": config.d_model,
+            "n_layer": config.n_layer,
+            "vocab_size": config.vocab_size,
+            "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
+            "d_inner": config.d_inner or 4 * config.d_model,
+            "max_seq_len": config.max_length,
+            "emb_dim": config.emb_dim,
+            "filter_order": config.filter_order,
+            "num_inner_mlps": config.num_inner_mlps,
+            "hyena_order": 2,
+            "short_filter_order": 3,
+            "activation_freq": config.frequency,
+            "train_freq": config.train_freq,
+            "use_bias": True,
+            "layer_norm_epsilon": config.final_norm_eps or config.layer_norm_eps,
+            "embed_dropout": config.embed_dropout,
+            "hyena_dropout": config.hyena_dropout,
+            "hyena_filter_dropout": 0.0,
+            "initializer_range": 0.02,
+            "pad_token_id": 4,
+            "tie_word_embeddings": config.tie_embeddings,
+            **labels,
+        }
+
+
+class HyenaDNAOriginal(_HyenaDNALayout):
+    """The `weights.ckpt` files of the training code, with or without `.layer` in the names of recomputed modules."""
+
+    name = "hyenadna"
+    prefixes = ("model.",)
+    keys = (
+        *_HyenaDNALayout.keys,
+        ("head.output_transform.{p}", "head.out.{p}"),
+        ("decoder.0.output_transform.{p}", "head.out.{p}"),
+    )
+
+    def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
+        layer = values.get("layer")
+        return isinstance(layer, Mapping) and layer.get("_name_", "hyena") == "hyena"
+
+    def full(self, name: str, head: HeadConfig | None) -> str:
+        return name if name.startswith("head.") else f"model.{name}"
+
+    def bare(self, name: str) -> str:
+        # Modules whose activations are recomputed in the backward pass sit inside a wrapper called `layer`.
+        return re.sub(r"\.(mixer|mlp)\.layer\.", r".\1.", super().bare(name))
+
+    def phases(self, angle_1L1: Tensor, band_11K: Tensor) -> tuple[Tensor, Tensor]:
+        phase_1LK = torch.exp(-1j * band_11K * angle_1L1)
+        return phase_1LK.real, phase_1LK.imag
+
+    def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HyenaDNAConfig:
+        layer = config.section("layer")
+        d_model, max_length = config.whole("d_model"), layer.whole("l_max")
+        emb_dim = layer.whole("emb_dim", 3)
+        layer.require("order", [2], 2)
+        layer.require("modulate", [True], True)
+        for key in ("num_heads", "inner_factor", "num_blocks"):
+            layer.require(key, [1], 1)
+        for key in ("normalized", "bidirectional", "outer_mixing", "post_order_ffn", "linear_mixer"):
+            layer.require(key, [False], False)
+        layer.require("activation", ["id", "identity", "linear", None], "id")
+        # These set learning rates, kernels and what the file holds as tensors; standalone code has 3 taps whatever
+        # the config says.
+        layer.ignore("_name_", "lr", "wd", "lr_pos_emb", "modulation_lr", "local_order", "short_filter_order", "target")
+        layer.ignore(
+            "fast_decay_pct", "slow_decay_pct", "filter_dropout", "fused_bias_fc", "fused_fft_conv", "jit_filter"
+        )
+        layer.ignore("return_state", "use_bias", "bias", "causal", "device", "dtype", "layer_idx", "filter_cls")
+        config.require("max_position_embeddings", [0, None], 0)
+        config.require("attn_layer_idx", [None, []], None)
+        config.require("identity_mlp", [False], False)
+        config.ignore("_name_", "attn_cfg", "checkpoint_mixer", "checkpoint_mlp", "fused_dropout_add_ln", "fused_mlp")
+        config.ignore("fused_bias_fc", "residual_in_fp32", "return_hidden_state", "initializer_cfg", "process_group")
+        config.ignore("sequence_parallel", "device", "dtype", "use_head", "n_classes", "return_residual", "norm")
+        shape = HyenaDNAConfig(
+            d_model=d_model,
+            n_layer=config.whole("n_layer"),
+            vocab_size=config.whole("vocab_size"),
+            pad_vocab_size_multiple=config.whole("pad_vocab_size_multiple", 1),
+            tokenizer="hyenadna",
+            d_inner=config.take("d_inner", None),
+            max_length=max_length,
+            emb_dim=emb_dim,
+            filter_order=layer.whole("filter_order", 64),
+            num_inner_mlps=layer.whole("num_inner_mlps", 2),
+            frequency=float(layer.take("w", 1)),
+            train_freq=bool(layer.take("train_freq", True)),
+            shift=float(layer.take("shift", 0.05)),
+            layer_norm_eps=float(config.take("layer_norm_epsilon", 1e-5)),
+            embed_dropout=float(config.take("embed_dropout", 0.1)),
+            residual_dropout=float(config.take("resid_dropout", 0.0)),
+            hyena_dropout=float(layer.take("dropout", 0.0)),
+            tie_embeddings=True,
+            **self.held(tensors, max_length, emb_dim),
+        )
+        layer.finish()
+        config.finish()
+        return shape
+
+    def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
+        for name in ("head.output_transform", "decoder.0.output_transform"):
+            if f"{name}.weight" in tensors:
+                return HeadConfig(n_outputs=tensors[f"{name}.weight"].shape[0], bias=f"{name}.bias" in tensors)
+        return None
+
+    def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
+        config = backbone.config
+        _check_exportable(config)
+        if not config.tie_embeddings:
+            raise ValueError("This layout ties the language-model head to the embedding; the model has its own.")
+        return {
+            "d_model": config.d_model,
+            "n_layer": config.n_layer,
+            "d_inner": config.d_inner or 4 * config.d_model,
+            "vocab_size": config.vocab_size,
+            "pad_vocab_size_multiple": config.pad_vocab_size_multiple,
+            "embed_dropout": config.embed_dropout,
+            "resid_dropout": config.residual_dropout,
+            "residual_in_fp32": True,
+            "checkpoint_mixer": False,
+            "checkpoint_mlp": False,
+            "layer": {
+                "_name_": "hyena",
+                "l_max": config.max_length,
+                "emb_dim": config.emb_dim,
+                "filter_order": config.filter_order,
+                "num_inner_mlps": config.num_inner_mlps,
+                "w": config.frequency,
+                "train_freq": config.train_freq,
+                "shift": config.shift,
+                "modulate": True,
+            },
+        }
+
+
+def _check_exportable(config: HyenaDNAConfig) -> None:
+    if config.order != 2 or config.bidirectional or config.short_filter_order != 3:
+        raise ValueError(
+            "The published HyenaDNA code has order 2, 3 taps and looks one way; this model has"
+            f" order={config.order}, short_filter_order={config.short_filter_order},"
+            f" bidirectional={config.bidirectional}."
+        )
