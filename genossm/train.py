@@ -40,15 +40,15 @@ def train(config: DictConfig) -> TrainResult:
     Raises:
         ValueError, FileNotFoundError: a value or file is wrong; the message says which and what is allowed.
     """
+    if "finetune" in config:
+        return _finetune(config)
     import lightning as L
     from hydra.utils import instantiate
 
     from genossm import callbacks, checkpoint
 
     began = time.monotonic()
-    warnings.filterwarnings("ignore", module="lightning", message=".*does not have many workers.*")
-    # Lightning 2.6 asks torch for a name that newer torch deprecates.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    quieten()
     folder, resumed = run_folder(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     model = build_model(config.model)
@@ -98,6 +98,18 @@ def train(config: DictConfig) -> TrainResult:
         report(task, data, metrics, table, folder)
         (folder / "finished").touch()
     return TrainResult(folder, model, metrics)
+
+
+def quieten() -> None:
+    """Silence what Lightning says of choices that are ours: few workers, and a name that newer torch deprecates."""
+    warnings.filterwarnings("ignore", module="lightning", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+
+
+def _finetune(config: DictConfig) -> TrainResult:
+    from genossm import finetune
+
+    return finetune.run(config)
 
 
 def run_folder(config: DictConfig) -> tuple[Path, bool]:

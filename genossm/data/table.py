@@ -25,7 +25,7 @@ class Table(LabelledData):
     Columns are found under their usual names (`sequence`/`seq`, `label`/`class`, `split`, `chrom start end strand`).
     """
 
-    table: str
+    table: str | None
     """File, or folder with train.*, val.* (or dev.*) and test.*."""
     label: str | Sequence[str] | None = None
     """Column or columns to predict; None takes the one called label, target or class."""
@@ -44,6 +44,8 @@ class Table(LabelledData):
 
     def load(self) -> Labelled:
         """Read, check and return the table."""
+        if self.table is None:
+            raise ValueError("Give your labels with data.table=my.csv (or .tsv, .parquet, .fna, .bed, or a folder).")
         path = Path(self.table).expanduser()
         columns = rows.read_splits(path) if path.is_dir() else rows.read_columns(path)
         where = str(self.table)
