@@ -1,7 +1,7 @@
 """What every task does: run a backbone on a batch, a loss for training, sums over the whole split for evaluation."""
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 
 import lightning as L
@@ -16,7 +16,7 @@ from genossm.models.base import Backbone
 from genossm.optim import Optim
 
 
-class Task(L.LightningModule):
+class Task(L.LightningModule, ABC):
     """A backbone and what it is trained for.
 
     Args:
