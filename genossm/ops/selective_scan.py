@@ -16,6 +16,7 @@ from genossm.ops import backend
 from genossm.ops.rows import check_rows, dropped_states, real_positions
 
 _KERNELS = {
+    "triton": "genossm.ops.kernels.selective_scan_triton",
     "numba": "genossm.ops.kernels.selective_scan_numba",
     "torch": "genossm.ops.kernels.selective_scan_torch",
 }

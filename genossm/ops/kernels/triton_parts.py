@@ -1,0 +1,58 @@
+"""Pieces that the Triton kernels share: tiles of [rows, positions] whose threads hold 8 consecutive positions."""
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp2(-x * _LOG2E))
+
+
+@triton.jit
+def softplus(x):
+    """Return log(1 + exp(x)), exact to float32 on both sides: x itself where it is large, exp(x) where it is small."""
+    e = tl.exp2(tl.minimum(x, 20.0) * _LOG2E)
+    near = tl.where(e < 1e-3, e * (1.0 - 0.5 * e), tl.log2(1.0 + e) * _LN2)
+    return tl.where(x > 20.0, x, near)
+
+
+@triton.jit
+def load_tile(rows, offsets, seen, EVEN: tl.constexpr):
+    """Load [rows, positions] as float32, 0 where not seen."""
+    if EVEN:
+        return tl.load(rows[:, None] + offsets).to(tl.float32)
+    return tl.load(rows[:, None] + offsets, seen, 0.0).to(tl.float32)
+
+
+@triton.jit
+def split_runs(x, BD: tl.constexpr, G: tl.constexpr):
+    """Split [BD, G * 8] into 8 tensors [BD, G]: position k of every run of 8. It moves nothing between threads."""
+    even, odd = tl.split(tl.reshape(x, [BD, G, 2, 2, 2]))
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x2, x6 = tl.split(x26)
+    x1, x5 = tl.split(x15)
+    x3, x7 = tl.split(x37)
+    return (x0, x1, x2, x3, x4, x5, x6, x7)
+
+
+@triton.jit
+def join_runs(x, BD: tl.constexpr, G: tl.constexpr):
+    """Undo `split_runs`."""
+    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
+    return tl.reshape(tl.join(even, odd), [BD, G * 8])
+
+
+@triton.jit
+def add_by_run(x, G: tl.constexpr):
+    """Join 8 tensors [G] into [G * 8]."""
+    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
+    return tl.reshape(tl.join(even, odd), [G * 8])

@@ -1,0 +1,118 @@
+"""The Triton kernels against the references: on a GPU, or else through Triton's interpreter, in a process of its own.
+
+Triton must know that it interprets when it is imported, which torch may do before any test is read.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from genossm.ops.backend import installed, use_backend
+from genossm.ops.selective_scan import selective_scan, selective_scan_ref
+from genossm.testing import assert_equals_reference
+
+pytestmark = pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+small = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run by test_through_the_interpreter")
+gpu = pytest.mark.gpu
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run as they are")
+def test_through_the_interpreter():
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:]
+
+
+def draw(*shape, dtype=torch.float32, time_last=False):
+    """Draw (batch, length, width), with time contiguous in memory if asked for."""
+    if time_last:
+        return draw(shape[0], shape[2], shape[1], dtype=dtype).transpose(1, 2)
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def draw_scan(batch, length, width, states, dtype=torch.float32, bare=False, time_last=True):
+    long = {"dtype": dtype, "time_last": time_last}
+    inputs = {
+        "u_BLE": draw(batch, length, width, **long),
+        "dt_BLE": draw(batch, length, width, **long),
+        "A_EN": -(1 + torch.arange(states, device=DEVICE).float()).expand(width, states)
+        * torch.rand(width, 1).to(DEVICE),
+        "B_BLN": draw(batch, length, states, **long),
+        "C_BLN": draw(batch, length, states, **long),
+    }
+    if not bare:
+        inputs |= {
+            "D_E": draw(width),
+            "z_BLE": draw(batch, length, width, **long),
+            "dt_bias_E": draw(width) - 3,
+            "initial_state_BEN": draw(batch, width, states),
+        }
+    return inputs
+
+
+@small
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 1, 1, 1), {}),
+        ((1, 63, 9, 2), {}),
+        ((1, 63, 9, 2), {"reverse": True}),
+        ((1, 128, 8, 1), {"reverse": True}),
+        ((2, 70, 3, 2), {"lengths_B": (70, 20), "resets_BL": True}),
+        ((2, 70, 3, 2), {"lengths_B": (70, 20), "resets_BL": True, "reverse": True}),
+        pytest.param((1, 1000, 3, 1), {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_selective_scan(shape, options):
+    options = dict(options, return_state=True)
+    if "lengths_B" in options:
+        options["lengths_B"] = torch.tensor(options["lengths_B"], device=DEVICE)
+        options["resets_BL"] = torch.rand(shape[:2], device=DEVICE) < 0.05
+    with use_backend("triton"):
+        assert_equals_reference(selective_scan, selective_scan_ref, draw_scan(*shape), options)
+
+
+@small
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_selective_scan_of_half_precision(dtype):
+    with use_backend("triton"):
+        inputs = draw_scan(1, 20, 3, 2, dtype, bare=True, time_last=False)
+        assert_equals_reference(selective_scan, selective_scan_ref, inputs, {"dt_softplus": False})
+
+
+def relative(got, truth):
+    return float((got.double() - truth.double()).norm() / truth.double().norm())
+
+
+@gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(1, 131071, 40, 16), (2, 8192, 72, 16), (1, 131072, 64, 16)])
+def test_selective_scan_at_real_lengths(shape, dtype, allowed, reverse):
+    """Values and every gradient by ‖got - truth‖ / ‖truth‖, the truth being the torch backend in float64."""
+    inputs = {k: v.requires_grad_() for k, v in draw_scan(*shape, dtype).items()}
+    truths = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    with use_backend("triton"):
+        got = selective_scan(**inputs, reverse=reverse)
+        again = selective_scan(**inputs, reverse=reverse)
+    with use_backend("torch"):
+        truth = selective_scan(**truths, reverse=reverse)
+    weight = torch.randn_like(truth)
+    assert relative(got, truth) <= allowed
+    gradients = torch.autograd.grad(got, list(inputs.values()), weight.to(dtype))
+    repeated = torch.autograd.grad(again, list(inputs.values()), weight.to(dtype))
+    wanted = torch.autograd.grad(truth, list(truths.values()), weight.to(dtype).double())
+    for name, one, two, other in zip(inputs, gradients, repeated, wanted, strict=True):
+        assert relative(one, other) <= allowed, name
+        assert torch.equal(one, two), f"{name} does not repeat"
