@@ -12,6 +12,7 @@ from genossm.ops import backend
 from genossm.ops.rows import check_rows, dropped_states, real_positions
 
 _KERNELS = {
+    "triton": "genossm.ops.kernels.causal_conv1d_triton",
     "numba": "genossm.ops.kernels.causal_conv1d_numba",
     "torch": "genossm.ops.kernels.causal_conv1d_torch",
 }

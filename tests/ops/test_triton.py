@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from genossm.ops.backend import installed, use_backend
+from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.selective_scan import selective_scan, selective_scan_ref
 from genossm.testing import assert_equals_reference
 
@@ -91,6 +92,22 @@ def test_selective_scan_of_half_precision(dtype):
         assert_equals_reference(selective_scan, selective_scan_ref, inputs, {"dt_softplus": False})
 
 
+@small
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"lengths_B": (70, 9)}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "taps", "activation", "time_last"),
+    [((2, 1, 3), 4, "silu", True), ((2, 70, 9), 4, "silu", True), ((2, 70, 9), 3, None, False)],
+    ids=str,
+)
+def test_causal_conv1d(shape, taps, activation, time_last, options):
+    options = dict(options, activation=activation)
+    if "lengths_B" in options:
+        options["lengths_B"] = torch.tensor(options["lengths_B"], device=DEVICE).clamp(max=shape[1])
+    inputs = {"x_BLE": draw(*shape, time_last=time_last), "w_EW": draw(shape[2], taps), "bias_E": draw(shape[2])}
+    with use_backend("triton"):
+        assert_equals_reference(causal_conv1d, causal_conv1d_ref, inputs, options)
+
+
 def relative(got, truth):
     return float((got.double() - truth.double()).norm() / truth.double().norm())
 
@@ -116,3 +133,25 @@ def test_selective_scan_at_real_lengths(shape, dtype, allowed, reverse):
     for name, one, two, other in zip(inputs, gradients, repeated, wanted, strict=True):
         assert relative(one, other) <= allowed, name
         assert torch.equal(one, two), f"{name} does not repeat"
+
+
+@gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("time_last", [True, False])
+def test_causal_conv1d_at_real_lengths(dtype, allowed, reverse, time_last):
+    options = {"activation": "silu", "reverse": reverse}
+    inputs = {"x_BLE": draw(1, 131071, 72, dtype=dtype, time_last=time_last), "w_EW": draw(72, 4), "bias_E": draw(72)}
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    truths = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    with use_backend("triton"):
+        got = causal_conv1d(**inputs, **options)
+    with use_backend("torch"):
+        truth = causal_conv1d(**truths, **options)
+    assert relative(got, truth) <= allowed
+    weight = torch.randn_like(truth).to(dtype)
+    gradients = torch.autograd.grad(got, list(inputs.values()), weight)
+    for name, one, other in zip(
+        inputs, gradients, torch.autograd.grad(truth, list(truths.values()), weight.double()), strict=True
+    ):
+        assert relative(one, other) <= allowed, name

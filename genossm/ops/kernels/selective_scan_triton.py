@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.ops.kernels import selective_scan_torch
-from genossm.ops.kernels.triton_parts import add_by_run, join_runs, load_tile, sigmoid, softplus, split_runs
+from genossm.ops.kernels.triton_parts import add_by_run, empty_like, join_runs, load_tile, sigmoid, softplus, split_runs
 from genossm.ops.rows import dropped_states
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -430,7 +430,7 @@ class _SelectiveScan(torch.autograd.Function):
         rest = (bias, drop, lengths)
         edge, decay = plan.edges(u, dt, None, B, A, rest, adjoint=False)
         entering, last = plan.chain(edge, decay, A, first, leftward=reverse)
-        y = _like(u)
+        y = empty_like(u)
         strides = (*u.stride(), *dt.stride(), *_strides(z), *B.stride(), *C.stride(), *y.stride())
         _forward[(plan.tiles * plan.groups, plan.batch)](
             u, dt, z, B, C, A, D, *rest, entering, y, *plan.sizes, *strides,
@@ -445,11 +445,11 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, D, z, bias, drop, lengths, entering, decay = ctx.saved_tensors
         plan, rest = ctx.plan, (bias, drop, lengths)
-        dy = torch.zeros_like(u) if grads[0] is None else grads[0]
+        dy = torch.zerosempty_like(u) if grads[0] is None else grads[0]
         edge, _ = plan.edges(dy, dt, z, C, A, rest, adjoint=True)
         last = None if grads[1] is None else grads[1].contiguous()
         adjoint, d_first = plan.chain(edge, decay, A, last, leftward=not plan.flags["REVERSE"])
-        du, ddt, dz = _like(u), _like(u), None if z is None else _like(u)
+        du, ddt, dz = empty_like(u), empty_like(u), None if z is None else empty_like(u)
         dD_parts, dbias_parts = (None if x is None else torch.empty_like(decay) for x in (D, bias))
         dB_BNL, dC_BNL = torch.empty(2, plan.batch, plan.N, plan.length, device=u.device)
         # The parts of one piece of the sequence; 16 bit inputs don't deserve 32 bit parts.
@@ -476,14 +476,6 @@ class _SelectiveScan(torch.autograd.Function):
         )  # fmt: skip
         typed = (None if t is None or x is None else x.to(t) for x, t in zip(found, ctx.dtypes, strict=True))
         return (*typed, None, None, None, None)
-
-
-def _like(u_BLE: Tensor) -> Tensor:
-    """Return an empty tensor whose time is contiguous in memory, or whose channels are where those of u are."""
-    batch, length, width = u_BLE.shape
-    if u_BLE.stride(2) == 1 and u_BLE.stride(1) != 1:
-        return torch.empty(batch, length, width, dtype=u_BLE.dtype, device=u_BLE.device)
-    return torch.empty(batch, width, length, dtype=u_BLE.dtype, device=u_BLE.device).transpose(1, 2)
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:

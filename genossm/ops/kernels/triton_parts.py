@@ -1,7 +1,9 @@
 """Pieces that the Triton kernels share: tiles of [rows, positions] whose threads hold 8 consecutive positions."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -56,3 +58,11 @@ def add_by_run(x, G: tl.constexpr):
     even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
     odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
     return tl.reshape(tl.join(even, odd), [G * 8])
+
+
+def empty_like(x_BLE: Tensor) -> Tensor:
+    """Return an empty tensor with time contiguous in memory, or with channels contiguous where those of x are."""
+    batch, length, width = x_BLE.shape
+    if x_BLE.stride(2) == 1 and x_BLE.stride(1) != 1:
+        return torch.empty(batch, length, width, dtype=x_BLE.dtype, device=x_BLE.device)
+    return torch.empty(batch, width, length, dtype=x_BLE.dtype, device=x_BLE.device).transpose(1, 2)

@@ -1,0 +1,206 @@
+"""The short convolution in Triton: one pass over memory forward, one backward, SiLU included.
+
+A thread holds 8 consecutive positions and their neighbours, and makes what the activation's derivative needs again.
+Sums for the gradients of the taps are written in parts, tile by tile, and added in a fixed order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genossm.ops.kernels import causal_conv1d_torch
+from genossm.ops.kernels.triton_parts import empty_like, join_runs, load_tile, sigmoid, split_runs
+
+_MOST_TAPS = 8
+
+
+@triton.jit
+def _run(x, side, end, position, step, inside, BD: tl.constexpr, G: tl.constexpr):
+    """Return the run of 8 positions before (side -1), at (0) or after (1) each run of a tile, 0 outside the row."""
+    p = position + side * 8
+    seen = inside[:, None] & (p >= 0)[None, :] & (p < end)[None, :]
+    return split_runs(load_tile(x, (side * 8 + tl.arange(0, G * 8))[None, :] * step, seen, False), BD, G)
+
+
+@triton.jit
+def _around(
+    x, end, position, step, inside, BD: tl.constexpr, G: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
+):
+    """Return 24 values: the runs before, at and after each run; one that is not asked for is never read."""
+    here = _run(x, 0, end, position, step, inside, BD, G)
+    before = _run(x, -1, end, position, step, inside, BD, G) if BEFORE else here
+    after = _run(x, 1, end, position, step, inside, BD, G) if AFTER else here
+    return before + here + after
+
+
+@triton.jit
+def _taps(w, channel, inside, W: tl.constexpr):
+    """Return taps by distance from the present position, [channels, 1] each."""
+    taps = ()
+    for j in tl.static_range(W):
+        taps += (tl.load(w + channel * W + W - 1 - j, inside, 0.0).to(tl.float32)[:, None],)
+    return taps
+
+
+@triton.jit
+def _place(E, L, lengths, groups, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(0) // groups
+    channel = tl.program_id(0) % groups * BD + tl.arange(0, BD)
+    end = tl.minimum(tl.load(lengths + row), L) if HAS_LENGTHS else L
+    return row, tile, channel, tile.to(tl.int64) * T, end
+
+
+@triton.jit
+def _forward(
+    x, w, bias, lengths, y, E, L, groups, x_b, x_l, x_e, y_b, y_l, y_e,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,
+    BD: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    row, _, channel, start, end = _place(E, L, lengths, groups, HAS_LENGTHS, BD, G * 8)
+    inside = channel < E
+    position = start + tl.arange(0, G * 8)
+    wide = channel.to(tl.int64)
+    at = x + row * x_b + wide * x_e + start * x_l
+    xs = _around(at, end, position, x_l, inside, BD, G, not REVERSE, REVERSE)
+    taps = _taps(w, channel, inside, W)
+    first = tl.load(bias + channel, inside, 0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    out = ()
+    for k in tl.static_range(8):
+        value = first + taps[0] * xs[8 + k]
+        for j in tl.static_range(1, W):
+            value += taps[j] * xs[8 + k + j if REVERSE else 8 + k - j]
+        out += (value * sigmoid(value) if SILU else value,)
+    result = join_runs(out, BD, G)
+    if HAS_LENGTHS:
+        result = tl.where((position < end)[None, :], result, 0.0)
+    to = (y + row * y_b + wide * y_e + start * y_l)[:, None] + tl.arange(0, G * 8)[None, :] * y_l
+    tl.store(to, result.to(y.dtype.element_ty), inside[:, None] & (position < L)[None, :])
+
+
+@triton.jit
+def _backward(
+    x, w, bias, lengths, dy, dx, parts, E, L, tiles, groups, x_b, x_l, x_e, dy_b, dy_l, dy_e, dx_b, dx_l, dx_e,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,
+    BD: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    row, tile, channel, start, end = _place(E, L, lengths, groups, HAS_LENGTHS, BD, G * 8)
+    inside = channel < E
+    position = start + tl.arange(0, G * 8)
+    wide = channel.to(tl.int64)
+    xs = _around(
+        x + row * x_b + wide * x_e + start * x_l, end, position, x_l, inside, BD, G,
+        SILU or not REVERSE, SILU or REVERSE,
+    )  # fmt: skip
+    dys = _around(
+        dy + row * dy_b + wide * dy_e + start * dy_l, end, position, dy_l, inside, BD, G, REVERSE, not REVERSE
+    )  # fmt: skip
+    taps = _taps(w, channel, inside, W)
+    first = tl.load(bias + channel, inside, 0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    # Gradients before the activation, at the run's positions and the W - 1 that the positions reach.
+    inner = ()
+    for p in tl.static_range(8 + W - 1):
+        d = dys[8 + p - (W - 1) if REVERSE else 8 + p]
+        if SILU:
+            value = first + taps[0] * xs[8 + p - (W - 1) if REVERSE else 8 + p]
+            for j in tl.static_range(1, W):
+                value += taps[j] * xs[8 + p - (W - 1) + j if REVERSE else 8 + p - j]
+            s = sigmoid(value)
+            d = d * s * (1.0 + value * (1.0 - s))
+        inner += (d,)
+    result = ()
+    for k in tl.static_range(8):
+        value = taps[0] * inner[k + W - 1 if REVERSE else k]
+        for j in tl.static_range(1, W):
+            value += taps[j] * inner[k + W - 1 - j if REVERSE else k + j]
+        result += (value,)
+    to = (dx + row * dx_b + wide * dx_e + start * dx_l)[:, None] + tl.arange(0, G * 8)[None, :] * dx_l
+    kept = inside[:, None] & (position < L)[None, :]
+    grad = join_runs(result, BD, G)
+    if HAS_LENGTHS:
+        grad = tl.where((position < end)[None, :], grad, 0.0)
+    tl.store(to, grad.to(dx.dtype.element_ty), kept)
+    parts_at = parts + ((row * tiles + tile) * E + channel) * (W + 1)
+    total = inner[W - 1 if REVERSE else 0]
+    for k in tl.static_range(1, 8):
+        total += inner[k + W - 1 if REVERSE else k]
+    tl.store(parts_at + W, tl.sum(total, 1), inside)
+    for j in tl.static_range(W):
+        total = inner[W - 1 if REVERSE else 0] * xs[8 + j if REVERSE else 8 - j]
+        for k in tl.static_range(1, 8):
+            total += inner[k + W - 1 if REVERSE else k] * xs[8 + k + j if REVERSE else 8 + k - j]
+        tl.store(parts_at + W - 1 - j, tl.sum(total, 1), inside)
+
+
+def causal_conv1d(
+    x_BLE: Tensor,
+    w_EW: Tensor,
+    bias_E: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state_BEW1: Tensor | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+    lengths_B: Tensor | None = None,
+    resets_BL: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve as `genossm.ops.causal_conv1d` describes."""
+    stateful = initial_state_BEW1 is not None or return_state or resets_BL is not None
+    if stateful or x_BLE.dtype == torch.float64 or w_EW.shape[1] > _MOST_TAPS:
+        # States and documents are for streaming and packing, a small part of any run; torch's path has them.
+        return causal_conv1d_torch.causal_conv1d(
+            x_BLE,
+            w_EW,
+            bias_E,
+            activation=activation,
+            initial_state_BEW1=initial_state_BEW1,
+            return_state=return_state,
+            reverse=reverse,
+            lengths_B=lengths_B,
+            resets_BL=resets_BL,
+        )
+    return _CausalConv1d.apply(x_BLE, w_EW, bias_E, lengths_B, activation == "silu", reverse)
+
+
+def _shape(x_BLE: Tensor) -> tuple[int, int]:
+    """Return channels and runs of a program's tile: long where time is contiguous, wide where channels are."""
+    return (8, 32) if x_BLE.stride(1) == 1 or x_BLE.stride(2) != 1 else (64, 4)
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, w, bias, lengths, silu, reverse = given
+        w, bias = w.contiguous(), None if bias is None else bias.contiguous()
+        batch, length, width = x.shape
+        BD, G = _shape(x)
+        groups, tiles = triton.cdiv(width, BD), triton.cdiv(length, G * 8)
+        y = empty_like(x)
+        ctx.flags = {
+            "W": w.shape[1], "HAS_BIAS": bias is not None, "SILU": silu, "HAS_LENGTHS": lengths is not None,
+            "REVERSE": reverse, "BD": BD, "G": G, "num_warps": 4,
+        }  # fmt: skip
+        _forward[(groups * tiles, batch)](
+            x, w, bias, lengths, y, width, length, groups, *x.stride(), *y.stride(), **ctx.flags
+        )
+        ctx.save_for_backward(x, w, bias, lengths)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, bias, lengths = ctx.saved_tensors
+        dy, flags = grads[0], ctx.flags
+        batch, length, width = x.shape
+        groups, tiles = triton.cdiv(width, flags["BD"]), triton.cdiv(length, flags["G"] * 8)
+        dx = empty_like(x)
+        parts = torch.empty(batch, tiles, width, flags["W"] + 1, device=x.device)
+        _backward[(groups * tiles, batch)](
+            x, w, bias, lengths, dy, dx, parts, width, length, tiles, groups,
+            *x.stride(), *dy.stride(), *dx.stride(), **flags,
+        )  # fmt: skip
+        total = parts.sum((0, 1))
+        dbias = None if bias is None else total[:, -1].to(bias.dtype)
+        return dx, total[:, :-1].to(w.dtype), dbias, None, None, None
