@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -126,11 +126,22 @@ class Backbone(nn.Module, ABC):
         """Whether `init_state`, `extend` and `step` work: token by token, carrying a state."""
         return False
 
-    def check(self, ids_BL: Tensor, lengths_B: Tensor | None = None) -> None:
+    @property
+    def equivariant(self) -> bool:
+        """Whether the reverse complement of a row gives its hidden states turned in time and in channels."""
+        return False
+
+    @property
+    def packs(self) -> bool:
+        """Whether `forward` takes `resets_BL`: several documents in one row, none of which sees another."""
+        return False
+
+    def check(self, ids_BL: Tensor, lengths_B: Tensor | None = None, resets_BL: Tensor | None = None) -> None:
         """Refuse input that would give a wrong result or an obscure error.
 
         Raises:
-            ValueError: wrong shape, no token, too long, an id outside the vocabulary, or impossible lengths.
+            ValueError: wrong shape, no token, too long, an id outside the vocabulary, impossible lengths, or documents
+                packed for a backbone that can't keep them apart.
         """
         if ids_BL.ndim != 2 or ids_BL.shape[1] == 0:
             raise ValueError(f"ids must be (batch, length) with at least one token; got {tuple(ids_BL.shape)}.")
@@ -151,13 +162,21 @@ class Backbone(nn.Module, ABC):
                 raise ValueError(f"lengths must be (batch,) = ({ids_BL.shape[0]},); got {tuple(lengths_B.shape)}.")
             if lengths_B.device.type == "cpu" and (int(lengths_B.min()) < 1 or int(lengths_B.max()) > ids_BL.shape[1]):
                 raise ValueError(f"Each length must be in 1..{ids_BL.shape[1]}; got {lengths_B.tolist()}.")
+        if resets_BL is not None:
+            if not self.packs:
+                raise ValueError(f"{self.config.model_type} can't keep packed documents apart; give each its own row.")
+            if resets_BL.shape != ids_BL.shape:
+                raise ValueError(f"resets must be {tuple(ids_BL.shape)} like the ids; got {tuple(resets_BL.shape)}.")
 
     def embed(self, ids_BL: Tensor) -> Tensor:
         """Return the embeddings of ids of any integer type."""
         return self.embedding(ids_BL.int())
 
     def forward(
-        self, ids_BL: Integer[Tensor, "B L"], lengths_B: Integer[Tensor, " B"] | None = None
+        self,
+        ids_BL: Integer[Tensor, "B L"],
+        lengths_B: Integer[Tensor, " B"] | None = None,
+        resets_BL: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Return one vector a position, after the final norm.
 
@@ -165,28 +184,35 @@ class Backbone(nn.Module, ABC):
             ids_BL: token ids of any integer type.
             lengths_B: number of real tokens of each row, which must stand on the left; what follows them is padding
                 and changes no real position. None: all are real.
+            resets_BL: true where a document starts that must not see what stands before it, nor be seen from there.
+                Backbones whose `packs` is false take none.
 
         Raises:
             ValueError: see `check`.
         """
-        self.check(ids_BL, lengths_B)
-        return self.norm_f(self.run_layers(self.embed(ids_BL), lengths_B))
+        self.check(ids_BL, lengths_B, resets_BL)
+        return self.norm_f(self.run_layers(self.embed(ids_BL), lengths_B, resets_BL=resets_BL))
+
+    def context(self, length: int, lengths_B: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return what each layer gets beside x: here the mask of real positions, where padding could be seen."""
+        if lengths_B is None or self.causal:
+            return (None,)
+        return (length_mask(lengths_B, length),)
 
     def run_layers(
         self,
         x_BLD: Tensor,
         lengths_B: Tensor | None = None,
         visit: Callable[[int, Tensor], None] | None = None,
+        resets_BL: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks over embeddings; `visit(i, x_BLD)` sees the residual stream after block i (from 0)."""
-        mask_BL = None
-        if lengths_B is not None and not self.causal:
-            mask_BL = length_mask(lengths_B, x_BLD.shape[1])
+        context = self.context(x_BLD.shape[1], lengths_B, resets_BL)
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BLD = cast(Tensor, checkpoint(layer, x_BLD, mask_BL, use_reentrant=False))
+                x_BLD = cast(Tensor, checkpoint(layer, x_BLD, *context, use_reentrant=False))
             else:
-                x_BLD = layer(x_BLD, mask_BL)
+                x_BLD = layer(x_BLD, *context)
             if visit is not None:
                 visit(index, x_BLD)
         return x_BLD

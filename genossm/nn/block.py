@@ -8,6 +8,8 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)) where there is an MLP.
 
+    What a call has beside x goes to the mixer as it is: the mask of real positions, or a scan's lengths and documents.
+
     A mixer that runs token by token has `init_state(batch_size)` and `extend(x_BLD, state) -> (y_BLD, state)`.
     """
 
@@ -24,8 +26,8 @@ class Block(nn.Module):
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        return self._add(x_BLD, self.mixer(self.norm1(x_BLD), mask_BL))
+    def forward(self, x_BLD: Tensor, *context: Tensor | None) -> Tensor:
+        return self._add(x_BLD, self.mixer(self.norm1(x_BLD), *context))
 
     def init_state(self, batch_size: int) -> dict[str, Any]:
         """Return the mixer's state before the first position."""
