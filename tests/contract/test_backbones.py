@@ -5,6 +5,9 @@ import torch
 
 from genossm import checkpoint
 from genossm.models.base import config_from_dict, model_types
+from genossm.models.equivariant import EquivariantConfig
+from genossm.nn.rc import CHAR_COMPLEMENT, complement_tensor, reverse_complement
+from genossm.testing import assert_close
 
 TINY = {
     "hyenadna": [
@@ -21,6 +24,38 @@ TINY = {
     "cnn": [
         {"d_model": 8, "n_layer": 3, "kernel_size": 3, "dilation_cycle": 2},
         {"d_model": 8, "n_layer": 4, "kernel_size": 5, "causal": False, "tie_embeddings": False},
+    ],
+    "mamba": [
+        {"d_model": 16, "n_layer": 2, "d_state": 4},
+        {
+            "d_model": 12,
+            "n_layer": 2,
+            "d_state": 3,
+            "bias": True,
+            "d_conv": 3,
+            "rms_norm": False,
+            "tie_embeddings": False,
+        },
+        {"d_model": 16, "n_layer": 3, "d_state": 4, "attn_layer_idx": [1], "n_head": 2, "d_intermediate": 20},
+    ],
+    "mamba2": [
+        {"d_model": 16, "n_layer": 2, "d_state": 8, "headdim": 8},
+        {"d_model": 16, "n_layer": 1, "d_state": 4, "headdim": 8, "ngroups": 2, "D_has_hdim": True, "d_ssm": 16},
+        {"d_model": 16, "n_layer": 2, "d_state": 4, "headdim": 4, "rmsnorm": False, "dt_limit": [0.001, 0.1]},
+    ],
+    "caduceus": [
+        {"d_model": 16, "n_layer": 2, "d_state": 4},
+        {"d_model": 12, "n_layer": 1, "d_state": 4, "bidirectional_weight_tie": False, "bias": True, "rms_norm": False},
+        {"d_model": 12, "n_layer": 2, "d_state": 4, "bidirectional_strategy": "ew_multiply", "bias": True},
+        {"d_model": 12, "n_layer": 2, "d_state": 4, "bidirectional": False},
+        {"d_model": 8, "n_layer": 2, "d_state": 4, "rcps": True},
+        {"d_model": 7, "n_layer": 3, "d_state": 4, "rcps": True, "bias": True, "tie_embeddings": False},
+        {"d_model": 8, "n_layer": 2, "d_state": 4, "rcps": True, "fused_add_norm": False},
+        {"d_model": 8, "n_layer": 1, "d_state": 4, "rcps": True, "bidirectional": False, "fused_add_norm": False},
+    ],
+    "equivariant": [
+        {"backbone": {"model_type": "hyenadna", "d_model": 8, "n_layer": 1, "max_length": 64, "embed_dropout": 0.0}},
+        {"backbone": {"model_type": "caduceus", "d_model": 8, "n_layer": 1, "d_state": 4}},
     ],
 }
 """Small shapes of each backbone; every `model_type` must have at least one."""
@@ -136,6 +171,58 @@ def test_any_pieces_equal_the_whole(model):
         x, state = model.extend(piece, state)
         pieces.append(x)
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def assert_equivariant(model):
+    """The reverse complement of a row gives its vectors turned in time and in channels, its logits complemented."""
+    ids, lengths = draw_ids(), torch.tensor([41, 13, 1])
+    complement = complement_tensor(CHAR_COMPLEMENT, model.config.padded_vocab_size)
+    turned = reverse_complement(ids, complement, lengths)
+    for given, other, rows in ((ids, turned, lengths), (ids, reverse_complement(ids, complement), None)):
+        x, x_turned = model(given, rows), model(other, rows)
+        logits, logits_turned = model.logits(x), model.logits(x_turned)
+        for row in range(3):
+            n = 41 if rows is None else int(lengths[row])
+            torch.testing.assert_close(x_turned[row, :n].flip(0, 1), x[row, :n], atol=1e-5, rtol=1e-5)
+            assert_close(logits_turned[row, :n].flip(0)[:, complement], logits[row, :n])
+
+
+def test_equivariant_ones_commute_with_the_reverse_complement(model):
+    if model.equivariant:
+        assert_equivariant(model)
+    else:
+        with pytest.raises(AssertionError):
+            assert_equivariant(model)
+
+
+def test_the_wrapper_makes_any_backbone_equivariant(model):
+    wrapped = EquivariantConfig(backbone=model.config).build().eval()
+    assert wrapped.equivariant
+    assert_equivariant(wrapped)
+
+
+def test_packed_documents_see_nothing_of_one_another(model):
+    ids, starts = draw_ids(), [0, 7, 8, 30]
+    resets = torch.zeros(3, 41, dtype=torch.bool)
+    resets[:, starts] = True
+    lengths = torch.tensor([41, 40, 35])
+    if not model.packs:
+        with pytest.raises(ValueError, match="can't keep packed documents apart"):
+            model(ids, lengths, resets)
+        return
+    packed = model(ids, lengths, resets)
+    for row, end in enumerate(lengths.tolist()):
+        for first, last in zip(starts, [*starts[1:], end], strict=True):
+            alone = model(ids[row : row + 1, first:last])
+            torch.testing.assert_close(packed[row, first:last], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_stream_after_each_block_ends_in_the_output(model):
+    ids, seen = draw_ids(), []
+    x = model.run_layers(model.embed(ids), visit=lambda index, x: seen.append(x))
+    assert len(seen) == len(model.layers)
+    torch.testing.assert_close(seen[-1], x)
+    torch.testing.assert_close(model.norm_f(x), model(ids), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
