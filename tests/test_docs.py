@@ -1,0 +1,65 @@
+"""What the documents say is true: their examples run, their links and lists lead somewhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data" / "README.md"])
+FILE_BLOCK = re.compile(
+    r"^`((?:genossm|conf|tests)/[\w/]+\.(?:py|yaml))`.*?\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
+LINE_BLOCK = re.compile(r"`(\w+)` in `([\w/]+\.py)`:\n\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ADDED = "gru or LabelledFasta or SmoothLM or smooth"
+
+
+def run(*command: str, cwd: Path) -> str:
+    variables = os.environ | {"PYTHONPATH": str(cwd)}
+    ran = subprocess.run([sys.executable, *command], cwd=cwd, env=variables, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the project with every example of extending.md in its place."""
+    copy = tmp_path_factory.mktemp("extended")
+    for name in ("genossm", "conf", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    text = (ROOT / "docs" / "extending.md").read_text()
+    for name, body in FILE_BLOCK.findall(text):
+        assert not (copy / name).exists(), f"{name} is there already"
+        (copy / name).write_text(body)
+    for table, name, line in LINE_BLOCK.findall(text):
+        code = (copy / name).read_text()
+        opened = re.search(rf"^{table}\b.*= \{{\n", code, re.MULTILINE)
+        (copy / name).write_text(code[: opened.end()] + line + code[opened.end() :])
+    return copy
+
+
+def test_examples_of_extending_keep_every_contract(extended):
+    shelves = ("tests/contract", "tests/test_conf.py", "tests/ops/test_smooth.py")
+    out = run("-m", "pytest", "-p", "no:cacheprovider", "-rA", "-k", ADDED, *shelves, cwd=extended)
+    passed = re.findall(r"^PASSED (\S+)", out, re.MULTILINE)
+    for word in ("gru", "LabelledFasta", "SmoothLM", "test_smooth"):
+        assert sum(word in name for name in passed) >= 2, word
+
+
+def test_example_verb_of_extending_runs(extended):
+    fasta = extended / "a.fa"
+    fasta.write_text(">one\nACGTNacg\n")
+    code = "from genossm.cli import main; main()"
+    assert "count" in run("-c", code, "--help", cwd=extended)
+    assert run("-c", code, "count", str(fasta), cwd=extended) == "A 2  C 2  G 2  T 1  N 1\n"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text()):
+        assert (path.parent / target).exists(), target
