@@ -25,8 +25,8 @@ ALIASES = {
 }
 """Spellings under which a column is found, by what it means; case is ignored."""
 
-MISSING = ("", "nan", "na", "n/a", "none", "null", "<na>")
-"""Cells that hold nothing, in lower case."""
+MISSING = ("", "nan", "na", "n/a", "null", "<na>")
+"""Cells that hold nothing, in lower case; "none" is a class name that people use."""
 
 csv.field_size_limit(1 << 27)
 
