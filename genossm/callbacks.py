@@ -34,6 +34,8 @@ class Checkpointing(Callback):
     """
 
     def __init__(self, folder: Path, every: int, monitor: str | None = None, mode: str = "min"):
+        if every < 1:
+            raise ValueError(f"save_every must be at least 1; got {every}.")
         self.folder, self.every, self.monitor, self.mode = folder, every, monitor, mode
         self.best: float | None = None
         self.saved_step = -1

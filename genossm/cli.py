@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import genossm
+from genossm.errors import fail, is_users_mistake, listed, message_of, nearest
 
 HYDRA_VERBS = {
     "train": "train or fine-tune a model:  genossm train experiment=hyenadna data.fasta=my.fa",
@@ -37,7 +38,7 @@ def main(verb: str | None = None) -> None:
         verb, *arguments = arguments
     try:
         if verb not in verbs:
-            raise ValueError(f"No verb is named {verb!r}; there are: {', '.join(verbs)}.")
+            raise ValueError(f"No verb is named {verb!r}; there are: {listed(verbs)}.{nearest(verb, verbs)}")
         run(verb, arguments)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -51,10 +52,6 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     """Run one verb with its arguments."""
     module = importlib.import_module(f"genossm.{verb}")
     if verb in HYDRA_VERBS:
-        # Hydra and Lightning's launcher of further processes read sys.argv: it must hold a command that can be run
-        # again, so the verb leaves it only where the script itself names the verb.
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        sys.argv = [sys.argv[0], *arguments]
         module.main()
         return
     import typer
@@ -68,31 +65,11 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     app(args=list(arguments), prog_name=f"genossm {verb}")
 
 
-def is_users_mistake(error: BaseException) -> bool:
-    """Tell whether an error is one that the user can mend, whose message says how."""
-    from_hydra = type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
-    return from_hydra or isinstance(error, ValueError | KeyError | OSError)
-
-
-def message_of(error: BaseException) -> str:
-    """Return an error's text: what was given, what is allowed, what to do."""
-    if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
-    if isinstance(error, OSError) and error.strerror and not error.filename:
-        return error.strerror
-    return str(error)
-
-
-def fail(message: str) -> int:
-    """Print an error to stderr and return the exit code of a user's mistake."""
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "red"), message))
-    return 2
-
-
 def print_help() -> None:
     """List the verbs."""
     lines = [f"  {name:<10} {text}" for name, text in (HYDRA_VERBS | FLAG_VERBS).items()]
     sys.stdout.write("genossm VERB …   (genossm VERB --help tells more)\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

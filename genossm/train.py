@@ -13,6 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from genossm.config import compose as compose_verb
+from genossm.config import launch
+
 logger = logging.getLogger(__name__)
 
 _RUN_FOLDER = "GENOSSM_RUN_FOLDER"
@@ -102,6 +105,7 @@ def train(config: DictConfig) -> TrainResult:
 
 def quieten() -> None:
     """Silence what Lightning says of choices that are ours: few workers, and a name that newer torch deprecates."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 
@@ -175,27 +179,38 @@ def check_context(model: Any, length: int) -> None:
 
 
 def build_trainer(values: dict[str, Any], loggers: list[Any], callbacks: list[Any]) -> Any:
-    """Return the Lightning trainer of the `trainer` group; precision "auto" is bf16 on a GPU, else float32."""
+    """Return the Lightning trainer of the `trainer` group; precision "auto" is bf16 on a GPU, else float32.
+
+    Raises:
+        ValueError: a count that must be at least 1 is not.
+    """
     import lightning as L
     import torch
 
+    for name in ("max_steps", "accumulate_grad_batches", "log_every_n_steps"):
+        if values[name] is not None and values[name] < 1:
+            raise ValueError(f"trainer.{name} must be at least 1; got {values[name]}.")
+    values = {name: value for name, value in values.items() if name != "_target_"}
     gpu = torch.cuda.is_available() and values["accelerator"] in ("auto", "gpu", "cuda")
     if values["precision"] == "auto":
         values["precision"] = "bf16-mixed" if gpu else "32-true"
     if gpu:
         torch.set_float32_matmul_precision("high")
-    return L.Trainer(
-        **values,
-        max_epochs=-1,
-        logger=loggers,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-    )
+    try:
+        return L.Trainer(
+            **values,
+            max_epochs=-1,
+            logger=loggers,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+        )
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}") from None
 
 
 def build_loggers(config: DictConfig, folder: Path) -> list[Any]:
@@ -246,25 +261,10 @@ def report(task: Any, data: Any, metrics: Mapping[str, float], table: Any, folde
 
 
 def compose(overrides: list[str]) -> DictConfig:
-    """Return the config of `genossm train OVERRIDES`, e.g. `compose(["experiment=hyenadna", "seed=1"])`."""
-    import hydra
-
-    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return hydra.compose("train", overrides)
-
-
-def conf_folder() -> Path:
-    """Return the folder of the YAML files: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+    """Return the checked config of `genossm train OVERRIDES`, e.g. `compose(["experiment=hyenadna", "seed=1"])`."""
+    return compose_verb("train", overrides)
 
 
 def main() -> None:
     """Run `train` on the overrides of the command line."""
-    import hydra
-
-    @hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")
-    def run(config: DictConfig) -> float:
-        return train(config).metrics.get("val/bits", math.nan)
-
-    run()
+    launch("train", lambda values: train(values).metrics.get("val/bits", math.nan))

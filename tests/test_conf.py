@@ -14,8 +14,9 @@ import hydra.utils
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from genossm.config import conf_folder
 from genossm.models.base import BackboneConfig, model_types
-from genossm.train import compose, conf_folder, train
+from genossm.train import compose, train
 
 CONF = conf_folder()
 FILES = sorted(CONF.rglob("*.yaml"))

@@ -123,6 +123,8 @@ class GenomeWindows(L.LightningDataModule):
             raise ValueError(f"data.split must be one of {', '.join(SPLIT_POLICIES)}; got {split!r}.")
         if soft_mask_weight < 0:
             raise ValueError(f"data.soft_mask_weight must be at least 0; got {soft_mask_weight}.")
+        if min(val, test) < 0 or val + test >= 1:
+            raise ValueError(f"data.val and data.test are shares that sum to less than 1; got {val} and {test}.")
         self.fasta, self.bed, self.cache = fasta, bed, cache
         self.length, self.batch_size, self.eval_batch_size = length, batch_size, eval_batch_size or batch_size
         self.split, self.shares = split, (val, test)

@@ -70,7 +70,7 @@ class Genome:
 
     def __init__(self, paths: str | Path | Sequence[str | Path], cache: str | Path | None = None):
         listed = [paths] if isinstance(paths, str | Path) else list(paths)
-        if not listed:
+        if not listed or "" in map(str, listed):
             raise ValueError("A genome needs at least one FASTA file; got none.")
         self.paths = [Path(p) for p in listed]
         self._stores = [encode(path, cache) for path in self.paths]
