@@ -12,6 +12,7 @@ import torch
 
 from genossm.ops.backend import installed, use_backend
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
+from genossm.ops.fftconv import fftconv, fftconv_ref
 from genossm.ops.selective_scan import selective_scan, selective_scan_ref
 from genossm.testing import assert_equals_reference
 
@@ -108,6 +109,24 @@ def test_causal_conv1d(shape, taps, activation, time_last, options):
         assert_equals_reference(causal_conv1d, causal_conv1d_ref, inputs, options)
 
 
+@small
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["causal", "both-ways"])
+@pytest.mark.parametrize(("shape", "time_last"), [((2, 1, 1), True), ((2, 37, 5), True), ((1, 63, 2), False)], ids=str)
+def test_fftconv(shape, time_last, gated, reverse):
+    inputs = {
+        "x_BLD": draw(*shape, time_last=time_last),
+        "k_DL": draw(shape[2], shape[1] + 3),
+        "skip_D": draw(shape[2]),
+    }
+    if reverse:
+        inputs["k_reverse_DL"] = draw(shape[2], shape[1])
+    if gated:
+        inputs |= {"gate_in_BLD": draw(*shape), "gate_out_BLD": draw(*shape, time_last=time_last)}
+    with use_backend("triton"):
+        assert_equals_reference(fftconv, fftconv_ref, inputs, {})
+
+
 def relative(got, truth):
     return float((got.double() - truth.double()).norm() / truth.double().norm())
 
@@ -148,6 +167,31 @@ def test_causal_conv1d_at_real_lengths(dtype, allowed, reverse, time_last):
         got = causal_conv1d(**inputs, **options)
     with use_backend("torch"):
         truth = causal_conv1d(**truths, **options)
+    assert relative(got, truth) <= allowed
+    weight = torch.randn_like(truth).to(dtype)
+    gradients = torch.autograd.grad(got, list(inputs.values()), weight)
+    for name, one, other in zip(
+        inputs, gradients, torch.autograd.grad(truth, list(truths.values()), weight.double()), strict=True
+    ):
+        assert relative(one, other) <= allowed, name
+
+
+@gpu
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("length", [8192, 131071])
+def test_fftconv_at_real_lengths(length, dtype, allowed):
+    shape, long = (2, length, 9), {"dtype": dtype, "time_last": True}
+    inputs = {
+        "x_BLD": draw(*shape, **long),
+        "k_DL": draw(9, length) / length**0.5,
+        "skip_D": draw(9),
+        "k_reverse_DL": draw(9, length) / length**0.5,
+        "gate_in_BLD": draw(*shape, **long),
+        "gate_out_BLD": draw(*shape, **long),
+    }
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    truths = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    got, truth = fftconv(**inputs), fftconv(**truths)
     assert relative(got, truth) <= allowed
     weight = torch.randn_like(truth).to(dtype)
     gradients = torch.autograd.grad(got, list(inputs.values()), weight)

@@ -1,0 +1,303 @@
+"""The long convolution on a GPU: two real channels to a complex transform, gates and skip fused around it.
+
+The transform of channels a and b as a + i b costs half of two real ones that are padded alone; products with filters,
+which are each channel's own, untangle bins f and n - f in registers. The kernels do what is not a transform: gate, cast
+and pad into its buffer; multiply spectra; crop, add the skip, gate and cast. Channels go in groups, which bounds the
+buffers. Spectra are kept for the backward pass only where they are small beside the memory of a GPU.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_GROUP_BYTES = 1 << 29
+"""Memory of one of the complex buffers of a group of channels."""
+_KEPT_BYTES = 1 << 30
+"""The two spectra of a call are kept for the backward pass up to this size, and made again above it."""
+_T = 1024
+
+
+@triton.jit
+def _element(x, b, c, t, x_b, x_c, x_t, seen):
+    return tl.load(x + b * x_b + c.to(tl.int64) * x_c + t.to(tl.int64) * x_t, seen, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _pack(
+    x, gate, behind, out, L, size, first, width, x_b, x_c, x_t, g_b, g_c, g_t, r_c, r_t,
+    HAS_GATE: tl.constexpr, HAS_BEHIND: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Write x times its gate, padded with zeros, as pairs; filters of what follows stand at the end, lag -1 last."""
+    b = tl.program_id(2).to(tl.int64)
+    pair = tl.program_id(1)
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    c = first + 2 * pair + tl.arange(0, 2)[None, :]
+    seen = (t < L)[:, None] & (c < width)
+    value = _element(x, b, c, t[:, None], x_b, x_c, x_t, seen)
+    if HAS_GATE:
+        value *= _element(gate, b, c, t[:, None], g_b, g_c, g_t, seen)
+    if HAS_BEHIND:
+        lag = size - 1 - t
+        tail = (lag < L - 1)[:, None] & (c < width)
+        value += tl.load(behind + c.to(tl.int64) * r_c + lag[:, None] * r_t, tail, 0.0).to(tl.float32)
+    at = (b * tl.num_programs(1) + pair) * size * 2
+    tl.store(out + at + t[:, None] * 2 + tl.arange(0, 2)[None, :], value, (t < size)[:, None])
+
+
+@triton.jit
+def _bin(x, f, seen):
+    both = tl.load(x + 2 * f[:, None] + tl.arange(0, 2)[None, :], seen[:, None], 0.0)
+    return tl.split(both)
+
+
+@triton.jit
+def _store_bin(x, f, re, im, seen):
+    tl.store(x + 2 * f[:, None] + tl.arange(0, 2)[None, :], tl.join(re, im), seen[:, None])
+
+
+@triton.jit
+def _untangle(f_re, f_im, g_re, g_im):
+    """Return the spectra of the two real channels at bin f from the pair's bins f and n - f."""
+    return 0.5 * (f_re + g_re), 0.5 * (f_im - g_im), 0.5 * (f_im + g_im), 0.5 * (g_re - f_re)
+
+
+@triton.jit
+def _channels(x, f, g, seen):
+    f_re, f_im = _bin(x, f, seen)
+    g_re, g_im = _bin(x, g, seen)
+    return _untangle(f_re, f_im, g_re, g_im)
+
+
+@triton.jit
+def _store_channels(x, f, g, a_re, a_im, b_re, b_im, seen):
+    """Write two real channels' spectra at bin f, and so at n - f, as a pair."""
+    _store_bin(x, f, a_re - b_im, a_im + b_re, seen)
+    _store_bin(x, g, a_re + b_im, b_re - a_im, seen)
+
+
+@triton.jit
+def _multiply(z, w, size, scale, T: tl.constexpr):
+    """Multiply each channel's spectrum in z by that of its filter in w, in place."""
+    pair = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + pair
+    f = tl.program_id(0) * T + tl.arange(0, T)
+    seen = 2 * f <= size
+    g = tl.where(f == 0, 0, size - f)
+    a_re, a_im, b_re, b_im = _channels(z + row * size * 2, f, g, seen)
+    ka_re, ka_im, kb_re, kb_im = _channels(w + pair * size * 2, f, g, seen)
+    _store_channels(
+        z + row * size * 2, f, g,
+        scale * (a_re * ka_re - a_im * ka_im), scale * (a_re * ka_im + a_im * ka_re),
+        scale * (b_re * kb_re - b_im * kb_im), scale * (b_re * kb_im + b_im * kb_re), seen,
+    )  # fmt: skip
+
+
+@triton.jit
+def _correlate(d, z, w, dw, size, batch, scale, T: tl.constexpr):
+    """Replace the gradient's spectrum d by the input's gradient, and write the filter's, summed over the batch."""
+    pair = tl.program_id(1).to(tl.int64)
+    f = tl.program_id(0) * T + tl.arange(0, T)
+    seen = 2 * f <= size
+    g = tl.where(f == 0, 0, size - f)
+    ka_re, ka_im, kb_re, kb_im = _channels(w + pair * size * 2, f, g, seen)
+    sa_re = tl.zeros([T], tl.float32)
+    sa_im = tl.zeros([T], tl.float32)
+    sb_re = tl.zeros([T], tl.float32)
+    sb_im = tl.zeros([T], tl.float32)
+    for b in range(batch):
+        at = (b * tl.num_programs(1) + pair) * size * 2
+        da_re, da_im, db_re, db_im = _channels(d + at, f, g, seen)
+        a_re, a_im, b_re, b_im = _channels(z + at, f, g, seen)
+        sa_re += a_re * da_re + a_im * da_im
+        sa_im += a_re * da_im - a_im * da_re
+        sb_re += b_re * db_re + b_im * db_im
+        sb_im += b_re * db_im - b_im * db_re
+        _store_channels(
+            d + at, f, g,
+            scale * (ka_re * da_re + ka_im * da_im), scale * (ka_re * da_im - ka_im * da_re),
+            scale * (kb_re * db_re + kb_im * db_im), scale * (kb_re * db_im - kb_im * db_re), seen,
+        )  # fmt: skip
+    _store_channels(
+        dw + pair * size * 2, f, g, scale * sa_re, scale * sa_im, scale * sb_re, scale * sb_im, seen
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(T: tl.constexpr):
+    """Return row, pair and positions of a program that reads a packed buffer."""
+    return tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0) * T + tl.arange(0, T)
+
+
+@triton.jit
+def _finish(
+    packed, x, gate_in, gate_out, skip, y, conv, L, size, first, width, x_b, x_c, x_t, i_b, i_c, i_t, o_b, o_c, o_t,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SKIP: tl.constexpr, KEEP: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Crop the convolution, add the skip, gate it; also keep it before the gate, which its gradient needs."""
+    b, pair, t = _place(T)
+    c = first + 2 * pair + tl.arange(0, 2)[:, None]
+    seen = (t < L)[None, :] & (c < width)
+    at = (b * tl.num_programs(1) + pair) * size * 2
+    value = tl.load(packed + at + 2 * t[None, :] + tl.arange(0, 2)[:, None], seen, 0.0)
+    if HAS_SKIP:
+        u = _element(x, b, c, t[None, :], x_b, x_c, x_t, seen)
+        if HAS_IN:
+            u *= _element(gate_in, b, c, t[None, :], i_b, i_c, i_t, seen)
+        value += tl.load(skip + c, c < width, 0.0).to(tl.float32) * u
+    to = (b * width + c).to(tl.int64) * L + t[None, :]
+    if KEEP:
+        tl.store(conv + to, value.to(conv.dtype.element_ty), seen)
+    if HAS_OUT:
+        value *= _element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
+    tl.store(y + to, value.to(y.dtype.element_ty), seen)
+
+
+@triton.jit
+def _finish_backward(
+    packed, dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, L, size, first, width,
+    y_b, y_c, y_t, x_b, x_c, x_t, i_b, i_c, i_t, o_b, o_c, o_t,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SKIP: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Crop the input's gradient, add the skip's share and pass it through the gates."""
+    b, pair, t = _place(T)
+    c = first + 2 * pair + tl.arange(0, 2)[:, None]
+    seen = (t < L)[None, :] & (c < width)
+    at = (b * tl.num_programs(1) + pair) * size * 2
+    du = tl.load(packed + at + 2 * t[None, :] + tl.arange(0, 2)[:, None], seen, 0.0)
+    to = (b * width + c).to(tl.int64) * L + t[None, :]
+    dconv = _element(dy, b, c, t[None, :], y_b, y_c, y_t, seen)
+    if HAS_OUT:
+        kept = tl.load(conv + to, seen, 0.0).to(tl.float32)
+        tl.store(d_out + to, (dconv * kept).to(d_out.dtype.element_ty), seen)
+        dconv *= _element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
+    value = _element(x, b, c, t[None, :], x_b, x_c, x_t, seen)
+    gate = _element(gate_in, b, c, t[None, :], i_b, i_c, i_t, seen) if HAS_IN else 1.0
+    if HAS_SKIP:
+        du += tl.load(skip + c, c < width, 0.0).to(tl.float32) * dconv
+        part = tl.sum(dconv * value * gate, 1)
+        part_at = (b * tl.num_programs(0) + tl.program_id(0)) * width + first + 2 * pair + tl.arange(0, 2)
+        tl.store(d_skip + part_at, part, first + 2 * pair + tl.arange(0, 2) < width)
+    if HAS_IN:
+        tl.store(d_in + to, (du * value).to(d_in.dtype.element_ty), seen)
+    tl.store(dx + to, (du * gate).to(dx.dtype.element_ty), seen)
+
+
+@triton.jit
+def _unpack_filter(
+    packed, dk, dbehind, L, size, first, width, k_c, r_c, HAS_BEHIND: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    _, pair, t = _place(T)
+    c = first + 2 * pair + tl.arange(0, 2)[:, None]
+    side = tl.arange(0, 2)[:, None]
+    at = pair.to(tl.int64) * size * 2
+    seen = (t < L)[None, :] & (c < width)
+    value = tl.load(packed + at + 2 * t[None, :] + side, seen, 0.0)
+    tl.store(dk + c.to(tl.int64) * k_c + t[None, :], value.to(dk.dtype.element_ty), seen)
+    if HAS_BEHIND:
+        seen = (t < L - 1)[None, :] & (c < width)
+        value = tl.load(packed + at + 2 * (size - 1 - t)[None, :] + side, seen, 0.0)
+        tl.store(dbehind + c.to(tl.int64) * r_c + t[None, :], value.to(dbehind.dtype.element_ty), seen)
+
+
+class FFTConv(torch.autograd.Function):
+    """x, k, skip, k_reverse, gate_in, gate_out, size -> y; tensors as in `genossm.ops.fftconv`."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, k, skip, behind, gate_in, gate_out, size = given
+        batch, length, width = x.shape
+        step = max(1, _GROUP_BYTES // (8 * size * batch)) * 2
+        ctx.keeps = 8 * size * (batch + 1) * width // 2 <= _KEPT_BYTES
+        train = any(ctx.needs_input_grad)
+        y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
+        conv = torch.empty_like(y) if train and gate_out is not None else None
+        spectra: list[Tensor] = []
+        for first in range(0, width, step):
+            pairs = (min(step, width - first) + 1) // 2
+            z = torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
+            w = torch.fft.fft(_packed(k[None].transpose(1, 2), None, behind, first, pairs, size, length))
+            if train and ctx.keeps:
+                spectra += [z, w]
+                z = z.clone()
+            _multiply[(triton.cdiv(size // 2 + 1, _T), pairs, batch)](
+                torch.view_as_real(z), torch.view_as_real(w), size, 1 / size, T=_T
+            )
+            # The 1 / n of the inverse transform is in the product.
+            z = torch.fft.ifft(z, norm="forward")
+            _finish[(triton.cdiv(length, _T), pairs, batch)](
+                torch.view_as_real(z), x, gate_in, gate_out, skip, y, conv, length, size, first, width,
+                *_steps(x), *_steps(gate_in), *_steps(gate_out),
+                HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
+                KEEP=conv is not None, T=_T,
+            )  # fmt: skip
+        ctx.save_for_backward(x, k, skip, behind, gate_in, gate_out, conv, *spectra)
+        ctx.size, ctx.step = size, step
+        return y.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, k, skip, behind, gate_in, gate_out, conv, *spectra = ctx.saved_tensors
+        dy, size, step = grads[0], ctx.size, ctx.step
+        batch, length, width = x.shape
+        blocks = triton.cdiv(length, _T)
+        dx = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
+        d_in, d_out = (None if gate is None else torch.empty_like(dx) for gate in (gate_in, gate_out))
+        d_skip = None if skip is None else torch.empty(batch, blocks, width, device=x.device)
+        dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+        d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
+        for first in range(0, width, step):
+            pairs = (min(step, width - first) + 1) // 2
+            if spectra:
+                z, w, *spectra = spectra
+            else:
+                z = torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
+                w = torch.fft.fft(_packed(k[None].transpose(1, 2), None, behind, first, pairs, size, length))
+            d = torch.fft.fft(_packed(dy, gate_out, None, first, pairs, size))
+            dw = torch.empty_like(w)
+            _correlate[(triton.cdiv(size // 2 + 1, _T // 2), pairs)](
+                *(torch.view_as_real(s) for s in (d, z, w, dw)), size, batch, 1 / size, T=_T // 2
+            )
+            del z, w
+            dw = torch.fft.ifft(dw, norm="forward")
+            _unpack_filter[(blocks, pairs, 1)](
+                torch.view_as_real(dw), dk, d_behind, length, size, first, width, dk.stride(0),
+                0 if d_behind is None else d_behind.stride(0), HAS_BEHIND=behind is not None, T=_T,
+            )  # fmt: skip
+            del dw
+            d = torch.fft.ifft(d, norm="forward")
+            _finish_backward[(blocks, pairs, batch)](
+                torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, length, size,
+                first, width, *_steps(dy), *_steps(x), *_steps(gate_in), *_steps(gate_out),
+                HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
+            )  # fmt: skip
+        d_skip = None if d_skip is None else d_skip.sum((0, 1)).to(skip.dtype)
+        gates = (None if d is None else d.transpose(1, 2) for d in (d_in, d_out))
+        return (dx.transpose(1, 2), dk, d_skip, d_behind, *gates, None)
+
+
+def _packed(
+    x_BLD: Tensor,
+    gate_BLD: Tensor | None,
+    behind_DL: Tensor | None,
+    first: int,
+    pairs: int,
+    size: int,
+    length: int | None = None,
+) -> Tensor:
+    """Return channels `first` to `first + 2 * pairs`, gated and padded to `size`, as a complex (B, pairs, size)."""
+    batch, width = x_BLD.shape[0], x_BLD.shape[2]
+    out = torch.empty(batch, pairs, size, dtype=torch.complex64, device=x_BLD.device)
+    _pack[(triton.cdiv(size, _T), pairs, batch)](
+        x_BLD, gate_BLD, behind_DL, torch.view_as_real(out), length or x_BLD.shape[1], size, first, width,
+        *_steps(x_BLD), *_steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride()),
+        HAS_GATE=gate_BLD is not None, HAS_BEHIND=behind_DL is not None, T=_T,
+    )  # fmt: skip
+    return out
+
+
+def _steps(x_BLD: Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of batch, channel and time."""
+    return (0, 0, 0) if x_BLD is None else (x_BLD.stride(0), x_BLD.stride(2), x_BLD.stride(1))
