@@ -15,6 +15,7 @@ HYDRA_VERBS = {
 
 FLAG_VERBS: dict[str, str] = {
     "embed": "sequences, intervals, chromosomes to vectors:  genossm embed --model M --fasta F --out emb.parquet",
+    "score": "variants of a VCF to scores:  genossm score --model M --vcf in.vcf.gz --genome G.fa --out scored.vcf.gz",
     "bench": "time and memory of ops, training and the data path:  genossm bench ops",
 }
 """Verbs whose flags typer derives from the function of the same name in the module of the same name."""

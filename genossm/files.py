@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import os
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,3 +54,43 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class BgzfWriter:
+    """A binary file of gzip blocks of at most 64 KiB (BGZF, SAM specification 4.1), which tabix and pysam can index.
+
+    Args:
+        path: the file.
+    """
+
+    _BLOCK = 65280
+
+    def __init__(self, path: Path):
+        self._handle = path.open("wb")
+        self._waiting = bytearray()
+
+    def __enter__(self) -> "BgzfWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush(last=True)
+        # The empty block that marks the end.
+        self._block(b"")
+        self._handle.close()
+
+    def write(self, data: bytes) -> None:
+        """Add bytes."""
+        self._waiting += data
+        self._flush()
+
+    def _flush(self, last: bool = False) -> None:
+        while len(self._waiting) >= self._BLOCK or (last and self._waiting):
+            self._block(bytes(self._waiting[: self._BLOCK]))
+            del self._waiting[: self._BLOCK]
+
+    def _block(self, data: bytes) -> None:
+        deflate = zlib.compressobj(6, zlib.DEFLATED, -15)
+        packed = deflate.compress(data) + deflate.flush()
+        # Header with the extra field BC: the block's size less one.
+        head = b"\x1f\x8b\x08\x04" + b"\0" * 4 + b"\0\xff\x06\0BC\x02\0" + struct.pack("<H", len(packed) + 25)
+        self._handle.write(head + packed + struct.pack("<II", zlib.crc32(data), len(data)))

@@ -13,10 +13,11 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 def command_of(function: Callable[..., Any]) -> Callable[..., None]:
     """Return a verb's function as typer takes it.
 
-    A parameter whose type is a union (`str | Path | Backbone`) is text on the command line and always a named flag;
-    a sequence is a flag that is given several times, or values separated by commas. The help of each flag is its entry
-    in the docstring's `Args:`. A function whose result has a `summary()` gets `--json`, which prints that summary for
-    machines instead of for eyes. Every other parameter is left as typer reads it.
+    A parameter that Python takes by name alone is a named flag, and so is one whose type is a union
+    (`str | Path | Backbone`), which is text on the command line; a sequence is one flag with values separated by
+    commas. The help of each flag is its entry in the docstring's `Args:`. A function whose result has a `summary()`
+    gets `--json`, which prints that summary for machines instead of for eyes. Every other parameter is left as typer
+    reads it.
     """
     import typer
 
@@ -34,7 +35,7 @@ def command_of(function: Callable[..., Any]) -> Callable[..., None]:
         if several:
             lists.add(name)
             default = default if default in (..., None) else ",".join(str(value) for value in default)
-        if default is not ... or _is_union(hint):
+        if default is not ... or _is_union(hint) or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             default = typer.Option(default, help=helps.get(name))
         parameters.append(
             parameter.replace(

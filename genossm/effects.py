@@ -1,0 +1,244 @@
+"""What a change of sequence changes for a model: log-likelihood, embedding, a fine-tuned head's answer.
+
+Used by `score` and `ism`. A site is a reference and its alleles; what they share is computed once: the reference, for
+masked models the masked sequence, for causal recurrent ones the state before the change.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genossm.dna.alphabet import Bytes
+from genossm.inference import Batches, Opened, is_recurrent, select_rows
+from genossm.models.classifier import Classifier
+
+METHODS = ("llr", "l2", "cosine", "head")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Sequences to compare with the first.
+
+    Attributes:
+        sequences: stored bases, the reference first, then one an allele.
+        prefix: bases at the start that all of them share.
+        exchanges: for each allele whether it exchanges bases one for one, so that masked models can compare it.
+    """
+
+    sequences: list[Bytes]
+    prefix: int
+    exchanges: list[bool]
+
+
+class Effects:
+    """Compares alleles with their reference.
+
+    Args:
+        ready: the model.
+        methods: of `METHODS`: llr, the log-likelihood ratio in nats (causal models: of the whole sequence; masked ones:
+            of the bases that differ, all of them hidden); l2 and cosine, distances of the mean embeddings; head, the
+            differences of a fine-tuned head's answers.
+        classifier: what `head` needs.
+        batch_size: sequences of a batch at most.
+        share: whether a recurrent model computes the state before the change once; False is the plain way.
+
+    Raises:
+        ValueError: a method is unknown, or the model can't give it.
+    """
+
+    def __init__(
+        self,
+        ready: Opened,
+        methods: Sequence[str],
+        classifier: Classifier | None = None,
+        batch_size: int | None = None,
+        share: bool = True,
+    ):
+        wrong = [method for method in methods if method not in METHODS]
+        if wrong or not methods:
+            raise ValueError(f"methods must be of {', '.join(METHODS)}; got {', '.join(wrong) or 'none'}.")
+        if "head" in methods and classifier is None:
+            raise ValueError("method head needs a fine-tuned model; this one has no head. Use llr, l2 or cosine.")
+        if "llr" in methods and classifier is not None:
+            raise ValueError(
+                "method llr needs a language-model head, but this is a fine-tuned classifier, whose own was not trained"
+                " further. Use head, l2 or cosine, or the pretrained model."
+            )
+        if classifier is not None and classifier.head.config.pooling == "none":
+            raise ValueError("This fine-tuned model answers each position; method head needs one answer a sequence.")
+        if ready.tokenizer.bases_per_token != 1 and "llr" in methods:
+            raise ValueError("method llr needs a model with one token a base. Use l2 or cosine.")
+        self.ready, self.methods, self.classifier = ready, tuple(methods), classifier
+        self.sizing = Batches(ready.device, batch_size)
+        self.pools = any(method in methods for method in ("l2", "cosine"))
+        self.likelihoods = "llr" in methods and ready.model.causal
+        self.shares = share and classifier is None and is_recurrent(ready)
+        self.on_rows: Callable[[int], None] = lambda rows: None
+        """Called with the number of sequences that were run, for progress."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the values that each allele gets."""
+        config = self.classifier.head.config if self.classifier is not None else None
+        named = (config.names or tuple(map(str, range(config.n_outputs)))) if config is not None else ()
+        heads = [f"delta_{name}" for name in named]
+        return [name for method in self.methods for name in (heads if method == "head" else [method])]
+
+    def __call__(self, sites: Sequence[Site]) -> list[Any]:
+        """Return, for each site, the values of its alleles (alleles, columns) as float64; NaN where there is none."""
+        found = [np.full((len(site.sequences) - 1, len(self.columns)), np.nan) for site in sites]
+        if "llr" in self.methods and not self.ready.model.causal:
+            self._masked(sites, found)
+        if self.likelihoods or self.pools or self.classifier is not None:
+            shared = [number for number, site in enumerate(sites) if self.shares and site.prefix > 0]
+            others = [number for number in range(len(sites)) if number not in set(shared)]
+            measured: dict[tuple[int, int], dict[str, Any]] = {}
+            self._whole(sites, others, measured)
+            self._from_prefix(sites, shared, measured)
+            for number, site in enumerate(sites):
+                for allele in range(1, len(site.sequences)):
+                    self._compare(measured[number, 0], measured[number, allele], found[number][allele - 1])
+        return found
+
+    def _compare(self, ref: dict[str, Any], alt: dict[str, Any], values: Any) -> None:
+        """Fill one allele's values from what was measured on it and on its reference."""
+        if "nats" in ref:
+            values[self.columns.index("llr")] = alt["nats"] - ref["nats"]
+        if "l2" in self.methods:
+            values[self.columns.index("l2")] = np.linalg.norm(alt["mean"] - ref["mean"])
+        if "cosine" in self.methods:
+            scale = np.linalg.norm(alt["mean"]) * np.linalg.norm(ref["mean"])
+            values[self.columns.index("cosine")] = 1 - alt["mean"] @ ref["mean"] / max(scale, 1e-30)
+        if "head" in self.methods:
+            first = next(index for index, name in enumerate(self.columns) if name.startswith("delta_"))
+            values[first : first + len(ref["answer"])] = alt["answer"] - ref["answer"]
+
+    def _whole(self, sites: Sequence[Site], chosen: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
+        """Run every sequence of the chosen sites on its own."""
+        rows = [(number, allele) for number in chosen for allele in range(len(sites[number].sequences))]
+        ids = [self.ready.ids(sites[number].sequences[allele]) for number, allele in rows]
+
+        def call(batch: list[int]) -> None:
+            ids_BL, lengths_B = self.ready.stack([ids[row] for row in batch])
+            x_BLD = self.ready.model(ids_BL, lengths_B)
+            counted = torch.tensor([len(ids[row]) for row in batch], device=ids_BL.device)
+            real_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < counted[:, None]
+            values: dict[str, Any] = {}
+            if self.likelihoods:
+                values["nats"] = self._nats(x_BLD[:, :-1], ids_BL[:, 1:], real_BL[:, 1:]).cpu().numpy()
+            if self.pools:
+                sums_BD = (x_BLD.float() * real_BL[..., None]).sum(1)
+                values["mean"] = (sums_BD / counted[:, None]).double().cpu().numpy()
+            if self.classifier is not None and "head" in self.methods:
+                values["answer"] = self.classifier.head(x_BLD, lengths_B).double().flatten(1).cpu().numpy()
+            for index, row in enumerate(batch):
+                measured[rows[row]] = {name: value[index] for name, value in values.items()}
+            self.on_rows(len(batch))
+
+        self.sizing.run([len(row) for row in ids], call)
+
+    def _from_prefix(self, sites: Sequence[Site], chosen: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
+        """Run the shared start of each site once, then what follows it in each of its sequences."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number in chosen:
+            groups[sites[number].prefix].append(number)
+        for prefix, numbers in groups.items():
+
+            def call(batch: list[int], prefix: int = prefix, numbers: list[int] = numbers) -> None:
+                self._extend(sites, [numbers[index] for index in batch], prefix, measured)
+
+            self.sizing.run([sum(map(len, sites[number].sequences)) for number in numbers], call)
+
+    def _extend(
+        self, sites: Sequence[Site], batch: Sequence[int], prefix: int, measured: dict[tuple[int, int], Any]
+    ) -> None:
+        model = self.ready.model
+        start_BP, _ = self.ready.stack([self.ready.ids(sites[number].sequences[0][:prefix]) for number in batch])
+        before_BPD, state = model.extend(start_BP, model.init_state(len(batch)))
+        rows = [(number, allele) for number in batch for allele in range(len(sites[number].sequences))]
+        place = {number: index for index, number in enumerate(batch)}
+        source_R = torch.tensor([place[number] for number, _ in rows], device=start_BP.device)
+        rest = [self.ready.ids(sites[number].sequences[allele][prefix:]) for number, allele in rows]
+        # A deletion at a contig's end may leave nothing to run: one padding token keeps the batch rectangular.
+        ids_RS, _ = self.ready.stack(
+            [row if len(row) else row.new_full((1,), self.ready.tokenizer.pad_id) for row in rest]
+        )
+        after_RSD, _ = model.extend(ids_RS, select_rows(state, source_R))
+        counted = torch.tensor([len(row) for row in rest], device=ids_RS.device)
+        real_RS = torch.arange(ids_RS.shape[1], device=ids_RS.device) < counted[:, None]
+        values: dict[str, Any] = {}
+        if self.likelihoods:
+            last_R1D = before_BPD[:, -1:].index_select(0, source_R)
+            x_RSD = torch.cat([last_R1D, after_RSD[:, :-1]], 1)
+            values["nats"] = self._nats(x_RSD, ids_RS, real_RS).cpu().numpy()
+        if self.pools:
+            sums_RD = (after_RSD.float() * real_RS[..., None]).sum(1)
+            sums_RD += before_BPD.float().sum(1).index_select(0, source_R)
+            values["mean"] = (sums_RD / (counted[:, None] + prefix)).double().cpu().numpy()
+        for index, row in enumerate(rows):
+            measured[row] = {name: value[index] for name, value in values.items()}
+        self.on_rows(len(rows))
+
+    def _nats(self, x_BLD: Tensor, targets_BL: Tensor, real_BL: Tensor) -> Tensor:
+        """Return the log-likelihood of each row's targets, N and padding not counted, in float64."""
+        bases = torch.tensor(self.ready.tokenizer.encode("ACGT").tolist()).to(targets_BL)
+        counted_BL = real_BL & torch.isin(targets_BL, bases)
+        logits_BLV = self.ready.model.logits(x_BLD).float()
+        picked_BL = logits_BLV.gather(-1, targets_BL.long()[..., None])[..., 0] - logits_BLV.logsumexp(-1)
+        return torch.where(counted_BL, picked_BL.double(), 0.0).sum(1)
+
+    def _masked(self, sites: Sequence[Site], found: Sequence[Any]) -> None:
+        """Hide the bases in which alleles differ from their reference and compare what the model expects there."""
+        column = self.columns.index("llr")
+        hidden: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+        for number, site in enumerate(sites):
+            for allele, sequence in enumerate(site.sequences[1:]):
+                # Alleles of another length have no bases that correspond: they keep NaN.
+                if site.exchanges[allele]:
+                    changed = np.flatnonzero((sequence ^ site.sequences[0]) & 0x7F)
+                    hidden[number, changed.astype(np.int64).tobytes()].append(allele)
+        rows = list(hidden)
+
+        def call(batch: list[int]) -> None:
+            ids: list[Tensor] = []
+            places: list[Tensor] = []
+            for row in batch:
+                number, changed = rows[row]
+                places.append(torch.from_numpy(np.frombuffer(changed, dtype=np.int64).copy()))
+                ids.append(self.ready.ids(sites[number].sequences[0]).clone())
+                ids[-1][places[-1]] = self.ready.tokenizer.mask_id
+            ids_BL, lengths_B = self.ready.stack(ids)
+            x_BLD = self.ready.model(ids_BL, lengths_B)
+            for index, row in enumerate(batch):
+                number = rows[row][0]
+                logp_KV = self.ready.model.logits(x_BLD[index, places[index].to(x_BLD.device)]).float().log_softmax(-1)
+                logp_KV = logp_KV.double().cpu()
+                reference = self.ready.ids(sites[number].sequences[0])[places[index]].long()
+                for allele in hidden[rows[row]]:
+                    other = self.ready.ids(sites[number].sequences[allele + 1])[places[index]].long()
+                    at = torch.arange(len(other))
+                    found[number][allele, column] = float((logp_KV[at, other] - logp_KV[at, reference]).sum())
+            self.on_rows(len(batch))
+
+        self.sizing.run([len(sites[number].sequences[0]) for number, _ in rows], call)
+
+
+def open_classifier(model: Any) -> Classifier | None:
+    """Return the fine-tuned model where a folder, or an object, is one; None for a plain backbone."""
+    import json
+
+    from genossm import checkpoint
+
+    if isinstance(model, Classifier):
+        return model
+    if isinstance(model, str | Path):
+        config = Path(model) / checkpoint.CONFIG
+        if config.is_file() and checkpoint.HEAD in json.loads(config.read_text()):
+            return checkpoint.load_classifier(model)
+    return None
