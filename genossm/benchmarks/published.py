@@ -49,6 +49,6 @@ class PublishedHyenaDNA(nn.Module):
         h_1LE = z_1LE[:, :length]
         for layer in filters.implicit_filter:
             h_1LE = layer(h_1LE) if isinstance(layer, nn.Linear) else torch.sin(layer.freq * h_1LE)
-        k_1LD = h_1LE * (torch.exp(-t_1L1[:, :length] * filters.deltas_C) + filters.shift)
+        k_1LD = h_1LE * (torch.exp(-t_1L1[:, :length] * filters.deltas_C.abs()) + filters.shift)
         y_BDL = long_convolution(v_BDL * x1_BDL, k_1LD[0].T.contiguous(), filters.bias) * x0_BDL
         return mixer.out_proj(y_BDL.transpose(1, 2))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from genossm.ops.causal_conv1d import causal_conv1d
 from genossm.ops.fftconv import fftconv
+from genossm.ops.hyena_conv import hyena_conv
 
 _DECAY_TARGET = 1e-2
 _FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
@@ -88,6 +89,17 @@ class HyenaFilter(nn.Module):
             del self.t_L
             self.register_buffer("t_L", t_L)
 
+    @property
+    def skip(self) -> Tensor:
+        """The weight of the input itself.
+
+        Raises:
+            RuntimeError: this filter was built without one.
+        """
+        if self.bias is None:
+            raise RuntimeError("This filter was built without a skip weight.")
+        return self.bias
+
     def positions(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the features z_EL and the times t_L of the first `length` positions."""
         if self.z_LE is not None and self.t_L is not None:
@@ -162,8 +174,24 @@ class HyenaOperator(nn.Module):
                 f"The input has {length} tokens, the Hyena filter l_max={self.l_max}; shorten the input or build the"
                 " model with a larger max_length."
             )
-        # (3D, D) @ (B, D, L): time stays contiguous from here to the output projection, with no transposed copy.
-        u_BCL = self.in_proj.weight @ x_BLD.transpose(1, 2) + self.in_proj.bias[:, None]
+        # (3D, D) @ (B, D, L): time is contiguous from here to the output projection, with no transposed copy.
+        weight_BCD = self.in_proj.weight.expand(x_BLD.shape[0], -1, -1)
+        u_BCL = torch.baddbmm(self.in_proj.bias[:, None], weight_BCD, x_BLD.transpose(1, 2))
+        if self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training):
+            y_BLD = hyena_conv(
+                u_BCL.transpose(1, 2),
+                self.short_filter.weight[:, 0],
+                self.short_bias,
+                self.filter_fn(length),
+                self.filter_fn.skip,
+            )
+        else:
+            y_BLD = self._mix(u_BCL, mask_BL)
+        return torch.baddbmm(self.out_proj.bias, y_BLD, self.out_proj.weight.T.expand(x_BLD.shape[0], -1, -1))
+
+    def _mix(self, u_BCL: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """Mix along time for any order and direction, gate by gate."""
+        length = u_BCL.shape[-1]
         if mask_BL is not None:
             u_BCL = u_BCL * mask_BL[:, None]
         u_BCL = self._short(u_BCL, length)
@@ -171,9 +199,7 @@ class HyenaOperator(nn.Module):
             u_BCL = u_BCL * mask_BL[:, None]
         *gates, v_BLD = u_BCL.transpose(1, 2).split(self.d_model, dim=-1)
         k_OCL = self.filter_fn(length).unflatten(0, (self.order - 1, self.d_model))
-        skip_C = self.filter_fn.bias
-        assert skip_C is not None
-        skip_OD = skip_C.unflatten(0, (self.order - 1, self.d_model))
+        skip_OD = self.filter_fn.skip.unflatten(0, (self.order - 1, self.d_model))
         reverse = self.filter_reverse_fn
         r_OCL = None if reverse is None else reverse(length).unflatten(0, (self.order - 1, self.d_model))
         for o, gate_BLD in enumerate(reversed(gates[1:])):
@@ -187,10 +213,16 @@ class HyenaOperator(nn.Module):
                 gate_in_BLD=gate_BLD,
                 gate_out_BLD=gates[0] if o == self.order - 2 else None,
             )
-        return self.out_proj(v_BLD)
+        return v_BLD
+
+    @property
+    def short_bias(self) -> Tensor:
+        """The short convolution's bias, which it always has."""
+        assert self.short_filter.bias is not None
+        return self.short_filter.bias
 
     def _short(self, u_BCL: Tensor, length: int) -> Tensor:
-        w_CW, bias_C = self.short_filter.weight[:, 0], self.short_filter.bias
+        w_CW, bias_C = self.short_filter.weight[:, 0], self.short_bias
         if not self.bidirectional:
             return causal_conv1d(u_BCL.transpose(1, 2), w_CW, bias_C).transpose(1, 2)
         ahead = (w_CW.shape[1] - 1) // 2

@@ -1,0 +1,163 @@
+"""Hyena's mixing of order 2 in one pass: short convolution, gate, long convolution, skip, gate.
+
+On the CPU the cost of these is memory traffic, not arithmetic: done op by op, each pass writes a fresh tensor as large
+as the input. Here channels go through all of them in groups that stay in cache, and the backward pass computes the
+short convolution again instead of keeping it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from genossm.ops.backend import choose
+from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
+from genossm.ops.fftconv import fftconv, fftconv_ref, good_size
+from genossm.ops.kernels.threads_numba import array, run_shared, threads_for
+
+_GROUP = 1 << 18
+"""FFT elements of a group: its buffers fit the caches of a core (measured: 2^17 to 2^19 are alike)."""
+_ROWS = 4
+"""Least rows of a batched transform: one alone costs three to seven times as much a row (measured with MKL)."""
+
+
+def hyena_conv_ref(
+    u_BLC: Float[Tensor, "B L C"],
+    w_CW: Float[Tensor, "C W"],
+    bias_C: Float[Tensor, " C"],
+    k_DL: Float[Tensor, "D K"],
+    skip_D: Float[Tensor, " D"],
+) -> Float[Tensor, "B L D"]:
+    """Mix by the definition, the truth that `hyena_conv` is held to; C is 3 D.
+
+    x0, x1, v = the short convolution of u;  y = x0 * (k * (x1 v) + skip x1 v) (Poli et al. 2023, section 3).
+    """
+    short_BLC = causal_conv1d_ref(u_BLC, w_CW, bias_C)
+    assert isinstance(short_BLC, Tensor)
+    x0_BLD, x1_BLD, v_BLD = short_BLC.chunk(3, dim=-1)
+    return fftconv_ref(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)
+
+
+def hyena_conv(
+    u_BLC: Float[Tensor, "B L C"],
+    w_CW: Float[Tensor, "C W"],
+    bias_C: Float[Tensor, " C"],
+    k_DL: Float[Tensor, "D K"],
+    skip_D: Float[Tensor, " D"],
+) -> Float[Tensor, "B L D"]:
+    """Mix the three projections of a causal Hyena of order 2 along time.
+
+    Args:
+        u_BLC: the projections x0, x1, v side by side, C = 3 D, before the short convolution; time contiguous in
+            memory (`u_BCL.transpose(1, 2)`) is the fast case and the result's form.
+        w_CW, bias_C: the short convolution.
+        k_DL: the long filter over lags 0, 1, …; at least L of them.
+        skip_D: weight of the long convolution's own input.
+
+    Returns:
+        y_BLD, in the dtype of u.
+
+    Raises:
+        ValueError: the filter is shorter than the sequence.
+    """
+    if k_DL.shape[1] < u_BLC.shape[1]:
+        raise ValueError(f"The filter has {k_DL.shape[1]} taps, the sequence {u_BLC.shape[1]}; a filter must cover it.")
+    dtypes = {u_BLC.dtype, w_CW.dtype, bias_C.dtype, k_DL.dtype, skip_D.dtype}
+    one_dtype = dtypes == {torch.float32}
+    fits = u_BLC.device.type == "cpu" and w_CW.shape[1] == 3 and one_dtype and not torch.compiler.is_compiling()
+    if fits and choose("hyena_conv", u_BLC.device, ("numba", "torch")).name == "numba":
+        return _HyenaConv.apply(u_BLC.transpose(1, 2), w_CW, bias_C, k_DL, skip_D).transpose(1, 2)
+    x0_BLD, x1_BLD, v_BLD = causal_conv1d(u_BLC, w_CW, bias_C).chunk(3, dim=-1)
+    return fftconv(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)
+
+
+class _HyenaConv(torch.autograd.Function):
+    """The CPU's way, time contiguous: groups of channels that stay in cache, numba around torch's transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, u_BCL: Tensor, w_CW: Tensor, bias_C: Tensor, k_DL: Tensor, skip_D: Tensor) -> Tensor:
+        from genossm.ops.kernels import hyena_conv_numba as kernels
+
+        u_BCL = u_BCL.contiguous()
+        plan = _Plan(u_BCL)
+        given = plan.split(u_BCL, w_CW, bias_C)
+        y_BDL = u_BCL.new_empty(u_BCL.shape[0], plan.width, plan.length)
+        keeps = any(ctx.needs_input_grad)
+        kept_BDL = torch.empty_like(y_BDL) if keeps else y_BDL
+        padded_BGN = plan.padded(u_BCL)
+        skip, kept, y, gated = (array(t) for t in (skip_D, kept_BDL, y_BDL, padded_BGN))
+        for rows in plan.groups():
+            plan.run(rows, kernels.gate_in, *given, gated)
+            spectrum_BGF = torch.fft.rfft(plan.part(padded_BGN, rows)).mul_(plan.spectrum(k_DL[rows]))
+            conv = array(torch.fft.irfft(spectrum_BGF, n=plan.size))
+            plan.run(rows, kernels.gate_out, *given, gated, conv, skip, kept, keeps, y)
+        ctx.save_for_backward(u_BCL, w_CW, bias_C, k_DL, skip_D, kept_BDL if keeps else None)
+        return y_BDL
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        from genossm.ops.kernels import hyena_conv_numba as kernels
+
+        u_BCL, w_CW, bias_C, k_DL, skip_D, kept_BDL = ctx.saved_tensors
+        plan = _Plan(u_BCL)
+        given = plan.split(u_BCL, w_CW, bias_C)
+        batch, width, length = u_BCL.shape[0], plan.width, plan.length
+        du_B3DL = u_BCL.new_empty(batch, 3, width, length)
+        dw_B3DX, dskip_BD = u_BCL.new_empty(batch, 3, width, 4), u_BCL.new_empty(batch, width)
+        dk_DL = torch.zeros_like(k_DL)
+        gated_BGN, dconv_BGN = plan.padded(u_BCL), plan.padded(u_BCL)
+        scratch_B2GL = u_BCL.new_empty(batch, 2, plan.rows, length)
+        kept, dy, skip, gated, dconv = (array(t) for t in (kept_BDL, grads[0], skip_D, gated_BGN, dconv_BGN))
+        du, dw, dskip, scratch = (array(t) for t in (du_B3DL, dw_B3DX, dskip_BD, scratch_B2GL))
+        for rows in plan.groups():
+            plan.run(rows, kernels.backward_in, *given, kept, dy, gated, dconv, du, dw, scratch)
+            dconv_BGF = torch.fft.rfft(plan.part(dconv_BGN, rows))
+            gated_BGF = torch.fft.rfft(plan.part(gated_BGN, rows))
+            # Correlation with the input, summed over the batch, is the filter's gradient at every lag.
+            lags_GF = gated_BGF.conj_physical_().mul_(dconv_BGF).sum(0)
+            dk_DL[rows, :length] = torch.fft.irfft(lags_GF, n=plan.size)[:, :length]
+            dconv_BGF *= plan.spectrum(k_DL[rows]).conj_physical_()
+            dgated = array(torch.fft.irfft(dconv_BGF, n=plan.size))
+            plan.run(rows, kernels.backward_out, *given, gated, dconv, dgated, skip, du, dw, dskip, scratch)
+        dw_CX = dw_B3DX.sum(0).flatten(0, 1)
+        return du_B3DL.flatten(1, 2), dw_CX[:, :3], dw_CX[:, 3], dk_DL, dskip_BD.sum(0)
+
+
+class _Plan:
+    """How channels are grouped: the transform's size and the channels that go through it at once."""
+
+    def __init__(self, u_BCL: Tensor):
+        self.batch, self.width, self.length = u_BCL.shape[0], u_BCL.shape[1] // 3, u_BCL.shape[2]
+        self.size = good_size(2 * self.length - 1)
+        self.rows = min(self.width, max(1, _GROUP // (self.size * self.batch), -(-_ROWS // self.batch)))
+
+    def groups(self) -> list[slice]:
+        """Return the groups of channels."""
+        return [slice(first, min(first + self.rows, self.width)) for first in range(0, self.width, self.rows)]
+
+    def run(self, rows: slice, kernel: Callable[..., None], *arguments: Any) -> None:
+        """Run a kernel over a group, on as many threads as torch may use."""
+        count = rows.stop - rows.start
+        run_shared(kernel, (*arguments, rows.start, count), threads_for(self.batch * count))
+
+    def split(self, u_BCL: Tensor, w_CW: Tensor, bias_C: Tensor) -> tuple[npt.NDArray[Any], ...]:
+        """Return the projections and the short convolution by (x0, x1, v) and channel."""
+        shape = (3, self.width)
+        return array(u_BCL.unflatten(1, shape)), array(w_CW.unflatten(0, shape)), array(bias_C.unflatten(0, shape))
+
+    def padded(self, u_BCL: Tensor) -> Tensor:
+        """Return a buffer of a group's transform inputs, whose end is and stays zero."""
+        padded_BGN = u_BCL.new_empty(self.batch, self.rows, self.size)
+        padded_BGN[..., self.length :] = 0
+        return padded_BGN
+
+    def part(self, padded_BGN: Tensor, rows: slice) -> Tensor:
+        """Return what a group, the last of which may be smaller, takes of a buffer."""
+        return padded_BGN[:, : rows.stop - rows.start]
+
+    def spectrum(self, k_GL: Tensor) -> Tensor:
+        """Return the transform of some filters."""
+        return torch.fft.rfft(k_GL[:, : self.length], n=self.size)
