@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genossm.layouts.base import Layout, PublishedConfig
-from genossm.models.base import Backbone
+from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.classifier import Classifier
 from genossm.source import Source
 from genossm.weights import Place, fill, match, no_weights, places, refuse
@@ -94,7 +94,7 @@ def read(source: Source, device: str | torch.device = "cpu") -> Published:
         if value is not None:
             placed.setdefault(name, value)
     chosen, misfits = match(expected, placed)
-    refuse(problems + [_in_their_words(layout, text) for text in misfits], source.name)
+    refuse(problems + [_in_their_words(layout, config, text) for text in misfits], source.name)
     fill(expected, chosen, device)
     (backbone if classifier is None else classifier).to(device).eval()
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
@@ -140,9 +140,9 @@ def _place(
     return placed, dropped, problems
 
 
-def _in_their_words(layout: Layout, problem: str) -> str:
+def _in_their_words(layout: Layout, config: BackboneConfig, problem: str) -> str:
     name, _, rest = problem.partition(" ")
-    return f"{layout.theirs(name) or name} {rest}"
+    return f"{layout.theirs(name, config) or name} {rest}"
 
 
 def write(
@@ -181,7 +181,7 @@ def write(
     for name, place in expected.items():
         if layout.constant(name, backbone.config) is not None:
             continue
-        theirs = layout.theirs(name)
+        theirs = layout.theirs(name, backbone.config)
         if theirs is None:
             raise ValueError(f"Layout {layout_name} has no place for {name}.")
         tensors[layout.full(theirs, head)] = layout.unfit(theirs, place.tensor.detach())

@@ -9,7 +9,7 @@ import torch
 from genossm import checkpoint, published, source
 
 PARITY = Path(__file__).parent / "data" / "parity"
-FAMILIES = ("hyenadna",)
+FAMILIES = ("hyenadna", "nt", "stripedhyena")
 CASES = sorted(folder.name for folder in PARITY.iterdir() if folder.name.startswith(FAMILIES))
 
 

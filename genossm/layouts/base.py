@@ -171,7 +171,7 @@ class Layout(ABC):
                 return True, None if target is None else target.format(**match.groupdict())
         return False, None
 
-    def theirs(self, name: str) -> str | None:
+    def theirs(self, name: str, config: BackboneConfig) -> str | None:
         """Return the published name of one of ours, or None where the layout has none."""
         for theirs, ours in self.keys:
             match = None if ours is None else _pattern(ours.rstrip("?")).fullmatch(name)

@@ -21,6 +21,23 @@ TINY = {
         {"d_model": 24, "n_layer": 1, "n_head": 6, "n_kv_head": 2, "bias": False, "tie_embeddings": False},
         {"d_model": 16, "n_layer": 2, "n_head": 4, "causal": False},
     ],
+    "nucleotide_transformer": [
+        {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 13},
+        {
+            **{"d_model": 16, "n_layer": 1, "n_head": 4, "d_inner": 24, "vocab_size": 16, "positions": "absolute"},
+            **{"activation": "gelu", "mlp_bias": True, "norm_before": True, "tie_embeddings": True},
+            **{"max_positions": 46},
+        },
+        {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "vocab_size": 12, "rescale_masked": True},
+    ],
+    "striped_hyena": [
+        {"d_model": 16, "n_layer": 3, "n_head": 2, "d_state": 3, "vocab_size": 16},
+        {
+            **{"d_model": 24, "n_layer": 2, "n_head": 6, "n_kv_head": 2, "attn_layer_idx": (0,), "vocab_size": 16},
+            **{"column_split": False, "activation": "silu", "final_norm": False, "rotary_scaling": 4.0},
+        },
+        {"d_model": 16, "n_layer": 2, "n_head": 2, "attn_layer_idx": (), "short_filter_bias": False, "vocab_size": 12},
+    ],
     "cnn": [
         {"d_model": 8, "n_layer": 3, "kernel_size": 3, "dilation_cycle": 2},
         {"d_model": 8, "n_layer": 4, "kernel_size": 5, "causal": False, "tie_embeddings": False},
