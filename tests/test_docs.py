@@ -63,3 +63,21 @@ def test_example_verb_of_extending_runs(extended):
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_readme_opens_with_its_two_commands():
+    (first, *_) = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    train, test = first.splitlines()
+    assert train == "pip install -e . && python train.py experiment=hyenadna"
+    assert test == "pip install -e '.[dev]' && pytest"
+
+
+def test_examples_of_the_readme_run(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", script], cwd=tmp_path, env=variables, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
