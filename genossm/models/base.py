@@ -39,6 +39,10 @@ class BackboneConfig(ABC):
     """Name of the tokenizer that the ids come from."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            # YAML and JSON know lists alone; equal configs have to be equal whichever they came from.
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
         for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -1,6 +1,6 @@
 """Caduceus (Schiff et al. 2024): Mamba both ways for masked language modelling, on one strand (Ph) or on both (PS)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -31,6 +31,8 @@ class CaduceusConfig(BackboneConfig):
 
     model_type: ClassVar[str] = "caduceus"
 
+    d_model: int = 256
+    n_layer: int = 4
     d_state: int = 16
     """States N of a channel."""
     d_conv: int = 4
@@ -70,7 +72,7 @@ class CaduceusConfig(BackboneConfig):
     """In PS, the convention of the released models, whose fused path exchanges the strands at every block: each block
     reads its input backwards in time and in channels. False is the plain convention of the paper. Both are
     equivariant; weights of one are wrong in the other."""
-    complement_map: tuple[int, ...] = CHAR_COMPLEMENT
+    complement_map: Sequence[int] = CHAR_COMPLEMENT
     """The complement of each id."""
     tie_embeddings: bool = True
     """Whether the language-model head is the embedding."""

@@ -4,7 +4,7 @@ With a trained model inside, this is the post-hoc conjoining of Caduceus-Ph; tra
 between the strands from the start.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,25 +26,37 @@ from genossm.nn.rc import (
 
 @dataclass(frozen=True, kw_only=True)
 class EquivariantConfig(BackboneConfig):
-    """A backbone inside and the complement of its ids. The width, depth and vocabulary are those of the backbone."""
+    """A backbone inside and the complement of its ids; width, depth and vocabulary are those of the backbone.
+
+    Raises:
+        ValueError: there is no such backbone, a value given here differs from its own, or the complement is none.
+    """
 
     model_type: ClassVar[str] = "equivariant"
 
-    d_model: int = 0
-    n_layer: int = 0
-    backbone: Mapping[str, Any] | BackboneConfig = field(default_factory=dict)
+    d_model: Any = None
+    n_layer: Any = None
+    backbone: Mapping[str, Any] | BackboneConfig = field(default_factory=lambda: {"model_type": "caduceus"})
     """The config of the backbone inside, or its plain values with `model_type`."""
-    complement_map: tuple[int, ...] = CHAR_COMPLEMENT
+    complement_map: Sequence[int] = CHAR_COMPLEMENT
     """The complement of each id."""
 
     def __post_init__(self) -> None:
         if isinstance(self.backbone, BackboneConfig):
             object.__setattr__(self, "backbone", self.backbone.to_dict())
         inside = self.inside
+        for name in ("d_model", "n_layer"):
+            given, own = getattr(self, name), getattr(inside, name)
+            if given not in (None, own):
+                raise ValueError(f"{name} is that of the backbone inside, {own}; got {given}. Set backbone.{name}.")
         for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tokenizer"):
             object.__setattr__(self, name, getattr(inside, name))
         super().__post_init__()
         check_complement(self.complement_map, self.padded_vocab_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Written once, inside.
+        return {**super().to_dict(), "d_model": None, "n_layer": None}
 
     @property
     def inside(self) -> BackboneConfig:

@@ -1,6 +1,6 @@
 """Mamba and Mamba-2 language models (Gu & Dao 2023; Dao & Gu 2024), and hybrids with attention at some layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +41,7 @@ class _SharedConfig(BackboneConfig):
     """Largest step size that a fresh layer draws."""
     dt_init_floor: float = 1e-4
     """Floor of the drawn step sizes."""
-    attn_layer_idx: tuple[int, ...] = ()
+    attn_layer_idx: Sequence[int] = ()
     """Layers, from 0, that mix by attention instead: a hybrid."""
     n_head: int = 8
     """Heads of those layers."""
@@ -85,6 +85,8 @@ class MambaConfig(_SharedConfig):
 
     model_type: ClassVar[str] = "mamba"
 
+    d_model: int = 128
+    n_layer: int = 4
     d_state: int = 16
     """States N of a channel."""
     dt_rank: int | str = "auto"
@@ -116,6 +118,8 @@ class Mamba2Config(_SharedConfig):
 
     model_type: ClassVar[str] = "mamba2"
 
+    d_model: int = 128
+    n_layer: int = 4
     d_state: int = 128
     """States N of a channel."""
     headdim: int = 64
@@ -124,7 +128,7 @@ class Mamba2Config(_SharedConfig):
     """Groups G of heads that share B and C."""
     d_ssm: int | None = None
     """Width that is scanned; the rest of the inner width is a gated MLP. None is all of it."""
-    A_init_range: tuple[float, float] = (1.0, 16.0)
+    A_init_range: Sequence[float] = (1.0, 16.0)
     """Range of the decay rates of a fresh layer."""
     D_has_hdim: bool = False
     """Whether the skip has a weight a channel instead of one a head."""
@@ -132,7 +136,7 @@ class Mamba2Config(_SharedConfig):
     """Whether the gated result is normalised, each group by itself."""
     norm_before_gate: bool = False
     """Whether that norm comes before the gate."""
-    dt_limit: tuple[float, float | None] = (0.0, None)
+    dt_limit: Sequence[float | None] = (0.0, None)
     """Smallest and largest step size; None is no limit."""
 
     @property

@@ -1,6 +1,7 @@
 """Mamba and Mamba-2 as mixers, one way and both ways (Gu & Dao 2023; Dao & Gu 2024; Schiff et al. 2024, Caduceus)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,14 +279,14 @@ class Mamba2Shape:
     """Groups G of heads that share B and C."""
     d_ssm: int | None = None
     """Width that is scanned, a multiple of headdim; the rest of the inner width is a gated MLP. None is all of it."""
-    A_init_range: tuple[float, float] = (1.0, 16.0)
+    A_init_range: Sequence[float] = (1.0, 16.0)
     """Range of the decay rates of a fresh layer."""
     D_has_hdim: bool = False
     """Whether the skip has a weight a channel instead of one a head."""
     rmsnorm: bool = True
     """Whether the gated result is normalised."""
     norm_before_gate: bool = False
-    dt_limit: tuple[float, float | None] = (0.0, None)
+    dt_limit: Sequence[float | None] = (0.0, None)
     """Smallest and largest step size; None is no limit."""
     bias: bool = False
     conv_bias: bool = True
@@ -295,6 +296,13 @@ class Mamba2Shape:
         for name in ("d_state", "d_conv", "expand", "headdim", "ngroups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        low, high = self.A_init_range
+        least, most = self.dt_limit
+        if not 0 < low <= high or least is None or least < 0 or (most is not None and most < least):
+            raise ValueError(
+                "A_init_range must be a range above 0 and dt_limit one from 0 on (its end may be null); got"
+                f" {tuple(self.A_init_range)} and {tuple(self.dt_limit)}."
+            )
         if self.scanned % self.headdim or not 0 < self.scanned <= self.d_inner:
             raise ValueError(
                 f"expand * d_model (or d_ssm) must be a multiple of headdim; got {self.scanned} and"
@@ -350,7 +358,7 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(shape.d_model, sum(self.parts), bias=shape.bias)
         self.conv1d = nn.Conv1d(mixed, mixed, shape.d_conv, groups=mixed, bias=shape.conv_bias)
         self.dt_bias = nn.Parameter(shape.steps.bias(shape.heads))
-        self.A_log = nn.Parameter(torch.empty(shape.heads).uniform_(*shape.A_init_range).log())
+        self.A_log = nn.Parameter(torch.empty(shape.heads).uniform_(shape.A_init_range[0], shape.A_init_range[1]).log())
         self.D = nn.Parameter(torch.ones(shape.scanned if shape.D_has_hdim else shape.heads))
         self.norm = RMSNormGated(shape.scanned, shape.ngroups, eps, shape.norm_before_gate) if shape.rmsnorm else None
         self.out_proj = nn.Linear(shape.d_inner, shape.d_model, bias=shape.bias)

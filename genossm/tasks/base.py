@@ -53,10 +53,13 @@ class LanguageModel(Task):
     def check_model(self, model: Backbone) -> None:
         """Refuse a backbone that this task would train on what it already sees."""
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluated(self, batch: Batch) -> Tensor:
+        """Return which positions evaluation counts, (B, L): here every target."""
+        return batch["targets"] != IGNORED
+
+    def losses(self, batch: Batch, counted_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of each target in nats, whether it was guessed, and its weight, one row a counted target."""
         x_BLD = self.model(batch["ids_BL"], batch.get("lengths_B"))
-        counted_BL = batch["targets"] != IGNORED
         targets_M = batch["targets"][counted_BL].long()
         logits_MV = self.model.logits(x_BLD[counted_BL]).float()
         weights_BL = batch.get("weights_BL")
@@ -69,7 +72,7 @@ class LanguageModel(Task):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the weighted mean loss in nats a target."""
-        nats_M, _, weights_M = self.losses(batch)
+        nats_M, _, weights_M = self.losses(batch, batch["targets"] != IGNORED)
         loss = (nats_M * weights_M).sum() / weights_M.sum().clamp(min=1e-6)
         self.log_dict({"train/loss": loss.detach(), "train/bits": loss.detach() / math.log(2)})
         return loss
@@ -83,7 +86,7 @@ class LanguageModel(Task):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Batch, split: str) -> None:
-        nats_M, guessed_M, _ = self.losses(batch)
+        nats_M, guessed_M, _ = self.losses(batch, self.evaluated(batch))
         if len(nats_M):
             nats, accuracy = self._sums(split)
             nats.update(nats_M)

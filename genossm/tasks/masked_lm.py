@@ -1,13 +1,17 @@
 """Masked language modelling: hidden bases from both sides (or from the left, for a causal backbone)."""
 
+from torch import Tensor
+
+from genossm.data.base import Batch
 from genossm.data.transforms import MaskTokens
+from genossm.dna.tokenizer import CharTokenizer
 from genossm.models.base import Backbone
 from genossm.optim import Optim
 from genossm.tasks.base import LanguageModel
 
 
 class MaskedLM(LanguageModel):
-    """Prediction of masked bases.
+    """Prediction of masked bases: trained on every target, evaluated on those that are `[MASK]`.
 
     Args:
         model, optim, steps: see `Task`.
@@ -27,6 +31,13 @@ class MaskedLM(LanguageModel):
         random: float = 0.1,
     ):
         super().__init__(model, optim, steps, MaskTokens(fraction=fraction, mask=mask, random=random))
+        self.hides = mask > 0
+
+    def evaluated(self, batch: Batch) -> Tensor:
+        # Where the base, or a random one, still stands it says something of the target, which no context model is told.
+        targets_BL = super().evaluated(batch)
+        hidden_BL = targets_BL & (batch["ids_BL"] == CharTokenizer.mask_id)
+        return hidden_BL if self.hides else targets_BL
 
     def check_model(self, model: Backbone) -> None:
         # A causal backbone may be trained this way: it sees less than it could, nothing that it should not.
