@@ -171,7 +171,7 @@ def head_config(config: DictConfig, target: Target, backbone: Backbone) -> HeadC
         names=target.names,
         kind=target.kind,
         bin=target.bin,
-        strands=2 if backbone.d_output == 2 * backbone.config.d_model else 1,
+        strands=2 if backbone.equivariant else 1,
         **asked,
     )
 

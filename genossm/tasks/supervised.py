@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from genossm.data.base import Batch
 from genossm.data.examples import Target
 from genossm.dna.tokenizer import CharTokenizer
-from genossm.models.base import length_mask
 from genossm.models.classifier import Classifier
+from genossm.nn.rc import complement_tensor, reverse_complement, reversed_rows
 from genossm.optim import Optim, decayed_parameters
 from genossm.tasks.base import Task
 from genossm.tasks.metrics import SplitMetrics
@@ -89,7 +89,7 @@ class Supervised(Task):
             return outputs
         other = classifier(other_strand(ids_BL, lengths_B), lengths_B)
         if self.target.along:
-            other = flip_rows(other, None if lengths_B is None else lengths_B // self.target.bin)
+            other = reversed_rows(other, None if lengths_B is None else lengths_B // self.target.bin)
         return (outputs + other) / 2
 
     def flatten(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,19 +169,10 @@ class Supervised(Task):
         return list(groups.values())
 
 
-def flip_rows(x_BPC: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-    """Return each row's real part back to front; what is padding stays behind it."""
-    if lengths_B is None:
-        return x_BPC.flip(1)
-    places_P = torch.arange(x_BPC.shape[1], device=x_BPC.device)
-    order_BP = torch.where(length_mask(lengths_B, x_BPC.shape[1]), lengths_B[:, None] - 1 - places_P, places_P)
-    return torch.take_along_dim(x_BPC, order_BP[(...,) + (None,) * (x_BPC.ndim - 2)], 1)
-
-
 def other_strand(ids_BL: Tensor, lengths_B: Tensor | None = None) -> Tensor:
     """Return the reverse complement of character ids; padding stays on the right."""
-    table = torch.tensor(CharTokenizer.complement_map, dtype=ids_BL.dtype, device=ids_BL.device)
-    return flip_rows(table[ids_BL.long()], lengths_B)
+    complement_V = complement_tensor(CharTokenizer.complement_map, len(CharTokenizer.vocabulary))
+    return reverse_complement(ids_BL, complement_V.to(ids_BL.device), lengths_B)
 
 
 def _mean() -> nn.Module:
