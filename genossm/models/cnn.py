@@ -7,14 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genossm.models.base import Backbone, BackboneConfig
-from genossm.nn.block import Block
-from genossm.nn.init import init_linear_
-from genossm.nn.mlp import MLP
+from genossm.models.prenorm import PreNorm, PreNormConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CNNConfig(BackboneConfig):
+class CNNConfig(PreNormConfig):
     """The shape of a CNN; the default has the size of the smallest HyenaDNA and sees 505 positions."""
 
     model_type: ClassVar[str] = "cnn"
@@ -25,18 +22,8 @@ class CNNConfig(BackboneConfig):
     """Taps of each convolution, odd."""
     dilation_cycle: int = 6
     """Layers over which the dilation doubles from 1 on, before it starts again."""
-    d_inner: int | None = None
-    """Width F of the MLPs; None is 4 D."""
     causal: bool = True
     """A position sees what is before it, for the next token; false sees as far on both sides, for masked tokens."""
-    layer_norm_eps: float = 1e-5
-    """Epsilon of every LayerNorm."""
-    embed_dropout: float = 0.1
-    """Dropout of the embeddings."""
-    residual_dropout: float = 0.0
-    """Dropout of what each convolution and MLP adds."""
-    tie_embeddings: bool = True
-    """Whether the language-model head is the embedding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,30 +82,14 @@ class DilatedConv(nn.Module):
         return F.gelu(self.conv(x_BLD.transpose(1, 2)), approximate="tanh").transpose(1, 2)
 
 
-class CNN(Backbone):
+class CNN(PreNorm):
     """The CNN backbone."""
 
-    def __init__(self, config: CNNConfig):
-        super().__init__(config)
-        self.config: CNNConfig = config
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.dropout = nn.Dropout(config.embed_dropout)
-        self.layers = nn.ModuleList(self._block(dilation) for dilation in config.dilations)
-        self.norm_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.lm_head = (
-            None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-        )
-        init_linear_(self, config.n_layer)
+    config: CNNConfig
 
-    def _block(self, dilation: int) -> Block:
-        config = self.config
-        return Block(
-            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
-            DilatedConv(config.d_model, config.kernel_size, dilation, config.causal),
-            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
-            MLP(config.d_model, config.d_inner or 4 * config.d_model),
-            dropout=config.residual_dropout,
-        )
+    def __init__(self, config: CNNConfig):
+        width, taps = config.d_model, config.kernel_size
+        super().__init__(config, (DilatedConv(width, taps, step, config.causal) for step in config.dilations))
 
     @property
     def causal(self) -> bool:
@@ -127,6 +98,3 @@ class CNN(Backbone):
     @property
     def streams(self) -> bool:
         return self.causal
-
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        return self.dropout(super().embed(ids_BL))

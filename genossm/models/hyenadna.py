@@ -3,25 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
-
-from genossm.models.base import Backbone, BackboneConfig
-from genossm.nn.block import Block
+from genossm.models.prenorm import PreNorm, PreNormConfig
 from genossm.nn.hyena import HyenaOperator
-from genossm.nn.init import init_linear_
-from genossm.nn.mlp import MLP
 
 
 @dataclass(frozen=True, kw_only=True)
-class HyenaDNAConfig(BackboneConfig):
+class HyenaDNAConfig(PreNormConfig):
     """The shape of a HyenaDNA; defaults are those of the published models."""
 
     model_type: ClassVar[str] = "hyenadna"
 
     d_model: int = 128
     n_layer: int = 2
-    d_inner: int | None = None
-    """Width F of the MLPs; None is 4 D."""
     max_length: int = 1026
     """Longest input, and what the filter's time is normalised by (published as l_max: the context + 2)."""
     order: int = 2
@@ -40,24 +33,16 @@ class HyenaDNAConfig(BackboneConfig):
     """Whether the frequencies are trained."""
     shift: float = 0.05
     """Floor of the filter's window; the published inference code has 0.05, the published training code 0."""
-    layer_norm_eps: float = 1e-5
-    """Epsilon of every LayerNorm."""
     final_norm_eps: float | None = None
     """Epsilon of the last LayerNorm where it differs."""
     own_positions: bool = False
     """Whether each filter holds its positional features, trained, instead of computing them."""
     own_decay: bool = False
     """Whether each filter holds the decays of its window instead of computing them."""
-    embed_dropout: float = 0.1
-    """Dropout of the embeddings."""
-    residual_dropout: float = 0.0
-    """Dropout of what each mixer and MLP adds."""
     hyena_dropout: float = 0.0
     """Dropout inside the operator."""
     bidirectional: bool = False
     """Give every filter a twin over what follows: a position sees both sides, for masked language modelling."""
-    tie_embeddings: bool = True
-    """Whether the language-model head is the embedding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,46 +57,33 @@ class HyenaDNAConfig(BackboneConfig):
         return HyenaDNA(self)
 
 
-class HyenaDNA(Backbone):
+def _mixer(config: HyenaDNAConfig) -> HyenaOperator:
+    return HyenaOperator(
+        config.d_model,
+        config.max_length,
+        order=config.order,
+        short_filter_order=config.short_filter_order,
+        bidirectional=config.bidirectional,
+        dropout=config.hyena_dropout,
+        emb_dim=config.emb_dim,
+        filter_order=config.filter_order,
+        num_inner_mlps=config.num_inner_mlps,
+        frequency=config.frequency,
+        train_freq=config.train_freq,
+        shift=config.shift,
+        own_positions=config.own_positions,
+        own_decay=config.own_decay,
+    )
+
+
+class HyenaDNA(PreNorm):
     """The HyenaDNA backbone."""
 
-    def __init__(self, config: HyenaDNAConfig):
-        super().__init__(config)
-        self.config: HyenaDNAConfig = config
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.dropout = nn.Dropout(config.embed_dropout)
-        self.layers = nn.ModuleList(self._block() for _ in range(config.n_layer))
-        self.norm_f = nn.LayerNorm(config.d_model, eps=config.final_norm_eps or config.layer_norm_eps)
-        self.lm_head = (
-            None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-        )
-        init_linear_(self, config.n_layer)
+    config: HyenaDNAConfig
 
-    def _block(self) -> Block:
-        config = self.config
-        mixer = HyenaOperator(
-            config.d_model,
-            config.max_length,
-            order=config.order,
-            short_filter_order=config.short_filter_order,
-            bidirectional=config.bidirectional,
-            dropout=config.hyena_dropout,
-            emb_dim=config.emb_dim,
-            filter_order=config.filter_order,
-            num_inner_mlps=config.num_inner_mlps,
-            frequency=config.frequency,
-            train_freq=config.train_freq,
-            shift=config.shift,
-            own_positions=config.own_positions,
-            own_decay=config.own_decay,
-        )
-        return Block(
-            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
-            mixer,
-            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps),
-            MLP(config.d_model, config.d_inner or 4 * config.d_model),
-            dropout=config.residual_dropout,
-        )
+    def __init__(self, config: HyenaDNAConfig):
+        mixers = (_mixer(config) for _ in range(config.n_layer))
+        super().__init__(config, mixers, final_norm_eps=config.final_norm_eps)
 
     @property
     def causal(self) -> bool:
@@ -120,6 +92,3 @@ class HyenaDNA(Backbone):
     @property
     def max_length(self) -> int:
         return self.config.max_length
-
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        return self.dropout(super().embed(ids_BL))

@@ -59,7 +59,7 @@ class _SharedConfig(BackboneConfig):
                 f"attn_layer_idx must name layers in 0..{self.n_layer - 1}; got {list(self.attn_layer_idx)}."
             )
         if self.attn_layer_idx:
-            check_heads(self.d_model, self.n_head, self.n_head if self.n_kv_head is None else self.n_kv_head)
+            check_heads(self.d_model, self.n_head, self.n_kv_head)
         if self.d_intermediate < 0:
             raise ValueError(f"d_intermediate must not be negative; got {self.d_intermediate}.")
         # The mixer's own shape refuses what it can't be.

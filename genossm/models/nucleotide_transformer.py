@@ -64,7 +64,7 @@ class NucleotideTransformerConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.d_model, self.n_head, self.n_head)
+        check_heads(self.d_model, self.n_head)
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}; got {self.positions!r}.")
         if self.activation not in ACTIVATIONS:

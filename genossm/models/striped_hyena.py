@@ -69,7 +69,7 @@ class StripedHyenaConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.d_model, self.n_head, self.n_kv_head or self.n_head)
+        check_heads(self.d_model, self.n_head, self.n_kv_head)
         outside = [i for i in self.attn_layer_idx if not 0 <= i < self.n_layer]
         if outside:
             raise ValueError(f"attn_layer_idx must be in 0..{self.n_layer - 1}; got {outside[0]}.")

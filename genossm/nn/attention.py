@@ -136,8 +136,8 @@ class Attention(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        check_heads(d_model, n_head, n_kv_head)
         groups = n_head if n_kv_head is None else n_kv_head
-        check_heads(d_model, n_head, groups)
         self.n_head, self.n_kv_head, self.head_width = n_head, groups, d_model // n_head
         self.causal, self.rotary, self.dropout = causal, rotary, dropout
         self.in_proj = nn.Linear(d_model, (n_head + 2 * groups) * self.head_width, bias=qkv_bias)
@@ -173,13 +173,13 @@ class Attention(nn.Module):
         return q_BLHP, k_BLGP, v_BLGP
 
 
-def check_heads(d_model: int, n_head: int, n_kv_head: int) -> None:
-    """Refuse heads that don't divide the width, or each other.
+def check_heads(d_model: int, n_head: int, n_kv_head: int | None = None) -> None:
+    """Refuse heads that don't divide the width, or each other; None key-value heads are as many as `n_head`.
 
     Raises:
         ValueError: they don't.
     """
     if n_head < 1 or d_model % n_head:
         raise ValueError(f"d_model must be a multiple of n_head; got d_model={d_model}, n_head={n_head}.")
-    if n_kv_head < 1 or n_head % n_kv_head:
+    if n_kv_head is not None and (n_kv_head < 1 or n_head % n_kv_head):
         raise ValueError(f"n_head must be a multiple of n_kv_head; got n_head={n_head}, n_kv_head={n_kv_head}.")
