@@ -121,19 +121,16 @@ def _place(
     problems: list[str] = []
     for name, tensor in tensors.items():
         in_table, ours = layout.ours(name)
-        if in_table and ours is not None and ours.removesuffix("?") not in known:
-            if ours.endswith("?"):
-                ours = None
-            elif ours == "lm_head.weight":
-                ours = "embedding.weight"
-            else:
-                in_table = False
-        if not in_table:
+        optional = ours is None or ours.endswith("?")
+        ours = None if ours is None else ours.removesuffix("?")
+        if ours is not None and ours not in known:
+            ours = layout.stand_in(ours)
+        if not in_table or (not optional and ours not in known):
             problems.append(f"{name} is unknown")
-        elif ours is None:
+        elif ours is None or ours not in known:
             dropped[name] = tensor
         else:
-            ours, fitted = ours.removesuffix("?"), layout.fit(layout.bare(name), tensor)
+            fitted = layout.fit(layout.bare(name), tensor)
             if ours in placed and not torch.equal(placed[ours], fitted):
                 problems.append(f"{name} differs from another tensor that is the same in this model ({ours})")
             placed[ours] = fitted
@@ -197,8 +194,8 @@ def _again(layout: Layout, backbone: Backbone, state: Mapping[str, Tensor], orig
     for name, dtype in origin.dtypes.items():
         bare, (_, ours) = layout.bare(name), layout.ours(name)
         ours = None if ours is None else ours.removesuffix("?")
-        if ours == "lm_head.weight" and ours not in state:
-            ours = "embedding.weight"
+        if ours is not None and ours not in state:
+            ours = layout.stand_in(ours)
         if ours is not None and ours in state:
             value = layout.unfit(bare, state[ours])
         elif name in origin.kept:

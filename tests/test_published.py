@@ -1,5 +1,9 @@
 """Published checkpoints: the same numbers as the official code, and the same file again on the way back."""
 
+import importlib.util
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +13,14 @@ import torch
 from genossm import checkpoint, published, source
 
 PARITY = Path(__file__).parent / "data" / "parity"
-FAMILIES = ("hyenadna", "nt", "stripedhyena")
-CASES = sorted(folder.name for folder in PARITY.iterdir() if folder.name.startswith(FAMILIES))
+CASES = sorted(folder.name for folder in PARITY.iterdir() if folder.is_dir())
+
+_SPEC = importlib.util.spec_from_file_location(
+    "check_parity", Path(__file__).parent.parent / "scripts" / "check_parity.py"
+)
+CHECK = importlib.util.module_from_spec(_SPEC)
+sys.modules["check_parity"] = CHECK
+_SPEC.loader.exec_module(CHECK)
 
 
 def open_case(name):
@@ -57,7 +67,7 @@ class InMemory(source.Source):
 
 
 def test_pickled_and_safe_files_of_one_model_give_one_model():
-    for case in ("hyenadna-ckpt-lm", "hyenadna-ckpt-head-pool"):
+    for case in ("hyenadna-ckpt-lm", "hyenadna-ckpt-head-pool", "mamba-ssm-tiny", "mamba2-ssm-tiny"):
         folder = PARITY / case
         files = [path for path in folder.iterdir() if path.suffix in (".ckpt", ".bin", ".safetensors")]
         first, *others = [checkpoint.load(path).state_dict() for path in sorted(files)]
@@ -66,10 +76,71 @@ def test_pickled_and_safe_files_of_one_model_give_one_model():
         assert len(files) > 1
 
 
-def test_numbers_are_those_of_the_official_code():
-    folder = PARITY / "hyenadna-hf-tiny"
-    model = checkpoint.load(folder)
-    io = np.load(folder / "io.npz")
-    with torch.no_grad():
-        logits = model.logits(model(torch.from_numpy(io["input_ids"])))
-    np.testing.assert_allclose(logits.numpy(), io["logits"], atol=2e-4, rtol=1e-4)
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_those_of_the_official_code(case):
+    rows = CHECK.check(PARITY / case)
+    assert not [row for row in rows if not row.passed]
+    assert not [row.quantity for row in rows if row.difference is None]
+    assert len(rows) >= 4
+
+
+def test_a_wrong_number_fails(tmp_path, capsys):
+    folder = tmp_path / "case"
+    shutil.copytree(PARITY / "nt-v1-tiny", folder)
+    with np.load(folder / "io.npz") as io:
+        values = dict(io)
+    values["logits"][0, 0, 0] += 1e-3
+    np.savez(folder / "io.npz", **values, another=np.zeros(2))
+    assert CHECK.main([str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"logits .*FAIL", shown)
+    assert re.search(r"another .*not checked", shown)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hyena_order": 3}, "hyena_order=3"),
+        ({"short_filter_order": 4}, "short_filter_order=4"),
+        ({"surprise": 1}, "unknown keys: surprise"),
+        ({"d_model": None}, "d_model must be a whole number"),
+        ({"n_layer": 3}, "layers.2.norm1.weight is missing"),
+        ({"n_layer": 1}, "layers.1.mixer.filter_fn.bias is unknown"),
+        ({"d_inner": 64}, r"mlp.fc1.weight has shape \(128, 32\) instead of \(64, 32\)"),
+        ({"model_type": "unheard"}, "no family that we read"),
+    ],
+)
+def test_what_is_not_supported_is_named(change, message):
+    files = source.find(PARITY / "hyenadna-hf-tiny")
+    config = {**files.read_config(), **change}
+    with pytest.raises(ValueError, match=message):
+        published.read(InMemory(config, files.read_tensors()))
+
+
+def test_a_tensor_too_many_and_one_that_differs_from_its_twin_are_named():
+    files = source.find(PARITY / "hyenadna-ckpt-lm")
+    config, tensors = files.read_config(), files.read_tensors()
+    with pytest.raises(ValueError, match=r"model\.backbone\.extra is unknown"):
+        published.read(InMemory(config, {**tensors, "model.backbone.extra": torch.zeros(1)}))
+    name = "model.lm_head.weight"
+    with pytest.raises(ValueError, match="weight differs"):
+        published.read(InMemory(config, {**tensors, name: tensors[name] + 1}))
+
+
+def test_trained_positions_are_kept():
+    files = source.find(PARITY / "hyenadna-hf-tiny")
+    config, tensors = files.read_config(), files.read_tensors()
+    name = "hyena.backbone.layers.0.mixer.filter_fn.pos_emb.z"
+    trained = {**tensors, name: tensors[name] + 0.1}
+    imported = published.read(InMemory(config, trained))
+    assert imported.backbone.config.own_positions
+    _, again = published.write(imported.backbone, "hyenadna-hf", imported.origin)
+    assert torch.equal(again[name], trained[name])
+
+
+def test_recomputed_modules_have_another_name_for_the_same_tensors():
+    files = source.find(PARITY / "hyenadna-ckpt-lm")
+    tensors = {re.sub(r"\.(mixer|mlp)\.", r".\1.layer.", name): t for name, t in files.read_tensors().items()}
+    model = published.read(InMemory(files.read_config(), tensors)).backbone
+    plain = checkpoint.load(PARITY / "hyenadna-ckpt-lm")
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -171,6 +171,10 @@ class Layout(ABC):
                 return True, None if target is None else target.format(**match.groupdict())
         return False, None
 
+    def stand_in(self, name: str) -> str | None:
+        """Return which of our tensors stands for `name` in a model that has no tensor of that name, or None."""
+        return "embedding.weight" if name == "lm_head.weight" else None
+
     def theirs(self, name: str, config: BackboneConfig) -> str | None:
         """Return the published name of one of ours, or None where the layout has none."""
         for theirs, ours in self.keys:
