@@ -5,7 +5,7 @@ masked models the masked sequence, for causal recurrent ones the state before th
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genossm.dna import alphabet
 from genossm.dna.alphabet import Bytes
 from genossm.inference import Batches, Opened, is_recurrent, select_rows
+from genossm.models.base import length_mask
 from genossm.models.classifier import Classifier
 
 METHODS = ("llr", "l2", "cosine", "head")
@@ -79,8 +81,7 @@ class Effects:
         self.pools = any(method in methods for method in ("l2", "cosine"))
         self.likelihoods = "llr" in methods and ready.model.causal
         self.shares = share and classifier is None and is_recurrent(ready)
-        self.on_rows: Callable[[int], None] = lambda rows: None
-        """Called with the number of sequences that were run, for progress."""
+        self._base_ids: list[int] = ready.tokenizer.encode("ACGT").tolist()
 
     @property
     def columns(self) -> list[str]:
@@ -106,6 +107,50 @@ class Effects:
                     self._compare(measured[number, 0], measured[number, allele], found[number][allele - 1])
         return found
 
+    def substitutions(self, sequence: Bytes, positions: Sequence[int]) -> Any:
+        """Return the effects of the three substitutions at each position, (positions, 3, columns).
+
+        Plain models get one batch that is edited in place and mended again, so that memory is that of a batch.
+
+        Args:
+            sequence: stored bases without soft mask.
+            positions: where to substitute; each must hold a base, not N.
+        """
+        masked = "llr" in self.methods and not self.ready.model.causal
+        if masked or self.shares:
+            # These share work between the alleles of a position, so positions come a few at a time.
+            found: list[Any] = []
+            for first in range(0, len(positions), 64):
+                sites = [_substituted(sequence, at) for at in positions[first : first + 64]]
+                found += self(sites)
+            return np.array(found).reshape(len(positions), 3, len(self.columns))
+        values = np.full((len(positions) * 3, len(self.columns)), np.nan)
+        reference = self._measure(self.ready.ids(sequence)[None].to(self.ready.device), None)
+        ids_L = self.ready.ids(sequence)
+        edits = [
+            (at, ids_L.new_tensor(self._base_ids[base - alphabet.A]))
+            for at in positions
+            for base in range(alphabet.A, alphabet.N)
+            if base != sequence[at]
+        ]
+        room = ids_L.new_empty((0, len(ids_L))).to(self.ready.device)
+
+        def call(batch: list[int]) -> None:
+            nonlocal room
+            if len(room) < len(batch):
+                room = ids_L.to(self.ready.device).repeat(len(batch), 1)
+            rows = torch.arange(len(batch), device=room.device)
+            places = torch.tensor([edits[row][0] for row in batch], device=room.device)
+            room[rows, places] = torch.stack([edits[row][1] for row in batch]).to(room.device)
+            measured = self._measure(room[: len(batch)], None)
+            room[rows, places] = ids_L.to(room.device)[places]
+            for index, row in enumerate(batch):
+                one = {name: value[index] for name, value in measured.items()}
+                self._compare({name: value[0] for name, value in reference.items()}, one, values[row])
+
+        self.sizing.run([len(ids_L)] * len(edits), call)
+        return values.reshape(len(positions), 3, len(self.columns))
+
     def _compare(self, ref: dict[str, Any], alt: dict[str, Any], values: Any) -> None:
         """Fill one allele's values from what was measured on it and on its reference."""
         if "nats" in ref:
@@ -125,23 +170,27 @@ class Effects:
         ids = [self.ready.ids(sites[number].sequences[allele]) for number, allele in rows]
 
         def call(batch: list[int]) -> None:
-            ids_BL, lengths_B = self.ready.stack([ids[row] for row in batch])
-            x_BLD = self.ready.model(ids_BL, lengths_B)
-            counted = torch.tensor([len(ids[row]) for row in batch], device=ids_BL.device)
-            real_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < counted[:, None]
-            values: dict[str, Any] = {}
-            if self.likelihoods:
-                values["nats"] = self._nats(x_BLD[:, :-1], ids_BL[:, 1:], real_BL[:, 1:]).cpu().numpy()
-            if self.pools:
-                sums_BD = (x_BLD.float() * real_BL[..., None]).sum(1)
-                values["mean"] = (sums_BD / counted[:, None]).double().cpu().numpy()
-            if self.classifier is not None and "head" in self.methods:
-                values["answer"] = self.classifier.head(x_BLD, lengths_B).double().flatten(1).cpu().numpy()
+            values = self._measure(*self.ready.stack([ids[row] for row in batch]))
             for index, row in enumerate(batch):
                 measured[rows[row]] = {name: value[index] for name, value in values.items()}
-            self.on_rows(len(batch))
 
         self.sizing.run([len(row) for row in ids], call)
+
+    def _measure(self, ids_BL: Tensor, lengths_B: Tensor | None) -> dict[str, Any]:
+        """Run rows and return what is compared of each: nats, mean embedding, the head's answer."""
+        x_BLD = self.ready.model(ids_BL, lengths_B)
+        values: dict[str, Any] = {}
+        if lengths_B is None:
+            lengths_B = torch.full(ids_BL.shape[:1], ids_BL.shape[1], device=ids_BL.device)
+        real_BL = length_mask(lengths_B, ids_BL.shape[1])
+        if self.likelihoods:
+            values["nats"] = self._nats(x_BLD[:, :-1], ids_BL[:, 1:], real_BL[:, 1:]).cpu().numpy()
+        if self.pools:
+            sums_BD = (x_BLD.float() * real_BL[..., None]).sum(1)
+            values["mean"] = (sums_BD / lengths_B[:, None]).double().cpu().numpy()
+        if self.classifier is not None and "head" in self.methods:
+            values["answer"] = self.classifier.head(x_BLD, lengths_B).double().flatten(1).cpu().numpy()
+        return values
 
     def _from_prefix(self, sites: Sequence[Site], chosen: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
         """Run the shared start of each site once, then what follows it in each of its sequences."""
@@ -183,11 +232,10 @@ class Effects:
             values["mean"] = (sums_RD / (counted[:, None] + prefix)).double().cpu().numpy()
         for index, row in enumerate(rows):
             measured[row] = {name: value[index] for name, value in values.items()}
-        self.on_rows(len(rows))
 
     def _nats(self, x_BLD: Tensor, targets_BL: Tensor, real_BL: Tensor) -> Tensor:
         """Return the log-likelihood of each row's targets, N and padding not counted, in float64."""
-        bases = torch.tensor(self.ready.tokenizer.encode("ACGT").tolist()).to(targets_BL)
+        bases = torch.tensor(self._base_ids).to(targets_BL)
         counted_BL = real_BL & torch.isin(targets_BL, bases)
         logits_BLV = self.ready.model.logits(x_BLD).float()
         picked_BL = logits_BLV.gather(-1, targets_BL.long()[..., None])[..., 0] - logits_BLV.logsumexp(-1)
@@ -224,9 +272,19 @@ class Effects:
                     other = self.ready.ids(sites[number].sequences[allele + 1])[places[index]].long()
                     at = torch.arange(len(other))
                     found[number][allele, column] = float((logp_KV[at, other] - logp_KV[at, reference]).sum())
-            self.on_rows(len(batch))
 
         self.sizing.run([len(sites[number].sequences[0]) for number, _ in rows], call)
+
+
+def _substituted(sequence: Bytes, at: int) -> Site:
+    """Return a sequence and its three substitutions at a position, in the order of the alphabet."""
+    made = [sequence]
+    for base in range(alphabet.A, alphabet.N):
+        if base != sequence[at]:
+            changed = sequence.copy()
+            changed[at] = base
+            made.append(changed)
+    return Site(made, at, [True] * 3)
 
 
 def open_classifier(model: Any) -> Classifier | None:

@@ -14,6 +14,7 @@ from genossm import checkpoint
 from genossm.dna import alphabet
 from genossm.embed import embed
 from genossm.models.hyenadna import HyenaDNAConfig
+from genossm.models.mamba import MambaConfig
 from genossm.models.transformer import TransformerConfig
 from genossm.tables import provenance_of
 
@@ -200,12 +201,8 @@ def test_out_of_memory_halves_the_batch(hyena, texts):
 
 
 def test_recurrent_models_carry_their_state():
-    from genossm.models.base import model_types
-
-    if "mamba" not in model_types():
-        pytest.skip("there is no recurrent backbone yet")
     torch.manual_seed(0)
-    model = model_types()["mamba"](d_model=16, n_layer=2).build().eval()
+    model = MambaConfig(d_model=16, n_layer=2).build().eval()
     text = "ACGTTGCA" * 40 + "GATTACA"
     whole = embed(model, [text], pooling="base").array()
     for options in ({"context": 50}, {"context": 50, "strand": "concat"}):
