@@ -19,6 +19,7 @@ from torch import Tensor
 
 from genossm import adapters, callbacks, checkpoint
 from genossm.data.examples import Labelled, LabelledData, Target
+from genossm.data.leakage import drop_leaks
 from genossm.data.protocols import divide
 from genossm.data.sequences import Sequences
 from genossm.files import write_atomically
@@ -97,6 +98,12 @@ def run(config: DictConfig, dataset: LabelledData | None = None) -> FinetuneResu
     labelled = (dataset or instantiate(config.data, _convert_="all")).load()
     holdout: dict[str, Any] = OmegaConf.to_container(config.holdout, resolve=True)  # type: ignore[assignment]
     splits, protocol = divide(labelled, config.protocol, config.seed, **holdout)
+    for name in ("val", "test"):
+        splits[name], gone = drop_leaks(splits["train"], splits[name], config.dedup)
+        if gone:
+            labelled.notes.append(f"dedup={config.dedup} took {len(gone):,} of {name} that train gives away")
+        if not splits[name]:
+            raise ValueError(f"dedup={config.dedup} leaves no {name} row: train gives them all away.")
     say(config, labelled, protocol, splits)
     L.seed_everything(config.seed, workers=True, verbose=False)
     backbone = build_model(config.model)

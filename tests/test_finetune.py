@@ -112,6 +112,7 @@ def test_data_frame_and_early_stopping(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("dedup=some", "dedup must be one of"),
         ("finetune=half", "finetune must be one of full, head, lora"),
         ("protocol=cv", "protocol must be auto or one of"),
         ("monitor=pearson", "no metric 'pearson'; there are: .*accuracy"),
