@@ -92,3 +92,7 @@ class HyenaDNA(PreNorm):
     @property
     def max_length(self) -> int:
         return self.config.max_length
+
+    @property
+    def streams(self) -> bool:
+        return self.causal

@@ -1,6 +1,7 @@
 """The Hyena operator: gated long convolutions with implicit filters (Poli et al. 2023; Nguyen et al. 2023)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from genossm.ops.causal_conv1d import causal_conv1d
 from genossm.ops.fftconv import fftconv
 from genossm.ops.hyena_conv import hyena_conv
+from genossm.ops.online_conv import Taps, online_conv, online_conv_state
 
 _DECAY_TARGET = 1e-2
 _FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
@@ -81,6 +83,7 @@ class HyenaFilter(nn.Module):
         self.implicit_filter = nn.ModuleList(layers)
         self.register_buffer("deltas_C", decays(channels), persistent=own_decay)
         self.deltas_C: Tensor
+        self._kept: tuple[tuple[Any, ...], Taps] | None = None
         self.z_LE: nn.Parameter | None = None
         self.t_L: Tensor | None = None
         if own_positions:
@@ -113,6 +116,15 @@ class HyenaFilter(nn.Module):
         z_EL = torch.cat([t_L[None], torch.cos(angle_KL), -torch.sin(angle_KL)])
         dtype = self.deltas_C.dtype
         return z_EL.to(dtype), t_L.to(dtype)
+
+    @torch.no_grad()
+    def taps(self, length: int) -> Taps:
+        """Return at least `length` taps, made again only when a parameter has changed; for inference alone."""
+        version = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        if self._kept is None or self._kept[0] != version or self._kept[1].k_DL.shape[1] < length:
+            # Twice as many as needed, so that growing inputs do not ask again at every position.
+            self._kept = (version, Taps(self(min(self.l_max, max(1024, 2 * length)))))
+        return self._kept[1]
 
     def forward(self, length: int) -> Tensor:
         """Return the first `length` taps of every filter, k_CL, in the parameters' dtype."""
@@ -214,6 +226,35 @@ class HyenaOperator(nn.Module):
                 gate_out_BLD=gates[0] if o == self.order - 2 else None,
             )
         return v_BLD
+
+    def init_state(self, batch_size: int) -> dict[str, Any]:
+        """Return the state before the first position: the short convolution's inputs, each long one's history."""
+        weight = self.in_proj.weight
+        lag = self.short_filter.weight.shape[-1] - 1
+        convs = [online_conv_state(batch_size, self.d_model, weight) for _ in range(self.order - 1)]
+        return {"short_BCW": weight.new_zeros(batch_size, weight.shape[0], lag), "convs": convs}
+
+    @torch.no_grad()
+    def extend(self, x_BLD: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Mix more positions after those that made `state`: what `forward` gives there over all, for inference."""
+        u_BLC, short_BCW = causal_conv1d(
+            self.in_proj(x_BLD),
+            self.short_filter.weight[:, 0],
+            self.short_bias,
+            initial_state_BEW1=state["short_BCW"],
+            return_state=True,
+        )
+        *gates, v_BLD = u_BLC.split(self.d_model, dim=-1)
+        skip_OD = self.filter_fn.skip.unflatten(0, (self.order - 1, self.d_model))
+        needed = state["convs"][0]["length"] + x_BLD.shape[1]
+        taps = self.filter_fn.taps(needed)
+        convs: list[dict[str, Any]] = []
+        for o, gate_BLD in enumerate(reversed(gates[1:])):
+            v_BLD = v_BLD * gate_BLD
+            y_BLD, conv = online_conv(v_BLD, taps.part(o, self.d_model), state["convs"][o])
+            v_BLD = y_BLD + skip_OD[o] * v_BLD
+            convs.append(conv)
+        return self.out_proj(v_BLD * gates[0]), {"short_BCW": short_BCW, "convs": convs}
 
     @property
     def short_bias(self) -> Tensor:

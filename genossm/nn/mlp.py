@@ -1,7 +1,8 @@
 """Position-wise networks."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from genossm.ops.gelu import gelu
 
 
 class MLP(nn.Module):
@@ -13,4 +14,4 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLD), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x_BLD)))
