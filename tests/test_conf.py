@@ -120,6 +120,9 @@ def test_experiment_opens_with_its_command(name):
     lines = header(name)
     assert re.match(rf"python train\.py experiment={re.escape(name)}(\s|$)", lines[0])
     assert len([line for line in lines[1:] if line and not line.startswith("tiny:")]) >= 1, "say what it is"
+    if name.startswith("pretrain/"):
+        assert "Cost:" in " ".join(lines)
+        assert "Expected:" in " ".join(lines)
 
 
 @every_experiment

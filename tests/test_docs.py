@@ -1,5 +1,7 @@
 """What the documents say is true: their examples run, their links and lists lead somewhere."""
 
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from genossm.cli import FLAG_VERBS, HYDRA_VERBS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data" / "README.md"])
@@ -70,6 +74,26 @@ def test_readme_opens_with_its_two_commands():
     train, test = first.splitlines()
     assert train == "pip install -e . && python train.py experiment=hyenadna"
     assert test == "pip install -e '.[dev]' && pytest"
+
+
+def commands() -> list[list[str]]:
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line.partition("  #")[0] for block in blocks for line in block.splitlines()]
+    return [line.split() for line in lines if re.match(r"genossm \w|python train\.py", line)]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_of_the_documents_name_what_there_is(words):
+    verb, rest = ("train", words[2:]) if words[0] == "python" else (words[1], words[2:])
+    if verb in HYDRA_VERBS:
+        for experiment in (word.partition("=")[2] for word in rest if word.startswith("experiment=")):
+            assert (ROOT / "conf" / "experiment" / f"{experiment}.yaml").exists()
+        return
+    assert verb in FLAG_VERBS
+    known = inspect.signature(getattr(importlib.import_module(f"genossm.{verb}"), verb)).parameters
+    flags = [word.removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")]
+    assert set(flags) <= set(known)
 
 
 def test_examples_of_the_readme_run(tmp_path):
