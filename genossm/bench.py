@@ -58,7 +58,8 @@ def bench(
     chosen = choose_device(device)
     if threads:
         torch.set_num_threads(threads)
-    comparisons = importlib.import_module(f"genossm.benchmarks.{topic}").comparisons(chosen)
+    module = importlib.import_module(f"genossm.benchmarks.{topic}")
+    comparisons = module.comparisons(chosen)
     wanted = [comparison for comparison in comparisons if only in comparison.name]
     if not wanted:
         raise ValueError(
@@ -75,6 +76,13 @@ def bench(
                 console.print(json.dumps(row), highlight=False, soft_wrap=True)
     if not as_json:
         console.print(table(topic, rows, machine(chosen)))
+    if topic == "scaling":
+        for series, power in module.exponents(rows).items():
+            console.print(f"{series}: time grows with length^{power:.2f}", highlight=False)
+        if out is not None:
+            from genossm.plot import plot_scaling
+
+            console.print(str(plot_scaling(rows, out.with_suffix(".png"))))
     if out is not None:
         report = json.dumps({"topic": topic, "machine": machine(chosen), "rows": rows}, indent=1) + "\n"
         write_atomically(out, lambda path: path.write_text(report))

@@ -1,5 +1,6 @@
 """How a benchmark is taken: variants of one thing, run in turn in one process, medians, and the peak of memory."""
 
+import math
 import multiprocessing
 import statistics
 import time
@@ -55,13 +56,35 @@ def measure(comparison: Comparison, device: torch.device, seconds: float = 3.0, 
         least: rounds.
 
     Returns:
-        One row a variant, in order.
+        One row a variant, in order; one that says "out of memory" where the device has too little.
     """
+    try:
+        return _measure(comparison, device, seconds, least)
+    except torch.OutOfMemoryError:
+        # What does not fit is a result too.
+        return [
+            Row(
+                comparison=comparison.name,
+                variant="out of memory",
+                seconds=math.nan,
+                ratio=math.nan,
+                tokens_per_second=None,
+                peak_mib=None,
+                runs=0,
+            )
+        ]
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(comparison: Comparison, device: torch.device, seconds: float, least: int) -> list[Row]:
     variants = comparison.build()
     peaks = {name: peak_mib(run, device) if comparison.memory else None for name, run in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        _timed(run, device)
+    slowest = max(_timed(run, device) for run in variants.values())
+    if slowest > seconds:
+        least = 1
     began = time.perf_counter()
     rounds = 0
     while rounds < least or (time.perf_counter() - began) * (rounds + 1) / rounds < seconds:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genossm.nn.linear import from_time, to_time
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from genossm.ops.selective_scan import selective_scan, selective_scan_step
 from genossm.ops.ssd import ssd, ssd_step
@@ -118,7 +119,8 @@ class Mamba(nn.Module):
         """Mix along time, from left to right."""
         assert self.in_proj is not None
         assert self.out_proj is not None
-        return self.out_proj(self.mix(self.in_proj(x_BLD), lengths_B=lengths_B, resets_BL=resets_BL)[0])
+        xz_BLE2 = _project(self.in_proj, x_BLD, None)
+        return _project(self.out_proj, self.mix(xz_BLE2, lengths_B=lengths_B, resets_BL=resets_BL)[0], None)
 
     def mix(
         self, xz_BLE2: Tensor, state: dict[str, Any] | None = None, reverse: bool = False, **rows: Tensor | None
@@ -162,6 +164,9 @@ class Mamba(nn.Module):
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rank = self.dt_proj.in_features
         states = self.A_log.shape[1]
+        if _time_is_last(x):
+            dt, B, C = to_time(self.x_proj.weight, x).split([rank, states, states], dim=-1)
+            return to_time(self.dt_proj.weight, dt), B, C
         dt, B, C = self.x_proj(x).split([rank, states, states], dim=-1)
         return F.linear(dt, self.dt_proj.weight), B, C
 
@@ -253,12 +258,19 @@ class BiMamba(nn.Module):
 def _project(linear: nn.Linear | None, x: Tensor, turned: int | None) -> Tensor:
     """Apply a linear layer whose inputs (`turned` = 1) or outputs (0) stand in reverse order."""
     assert linear is not None
-    if turned is None:
-        return linear(x)
-    bias = linear.bias
-    if bias is not None and turned == 0:
-        bias = bias.flip(0)
-    return F.linear(x, linear.weight.flip(turned), bias)
+    weight, bias = linear.weight, linear.bias
+    if turned is not None:
+        weight = weight.flip(turned)
+        bias = bias.flip(0) if bias is not None and turned == 0 else bias
+    if not _time_is_last(x):
+        return F.linear(x, weight, bias)
+    # What goes into a layer has its width contiguous in memory, what comes out of its scan has its time.
+    return (to_time if x.stride(-1) == 1 else from_time)(weight, x, bias)
+
+
+def _time_is_last(x: Tensor) -> bool:
+    """Tell whether a layer keeps time contiguous in memory: the kernels of a GPU want it, those of a CPU don't."""
+    return x.is_cuda and x.ndim == 3
 
 
 @dataclass(frozen=True, kw_only=True)

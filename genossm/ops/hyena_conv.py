@@ -5,6 +5,7 @@ as the input. Here channels go through all of them in groups that stay in cache,
 short convolution again instead of keeping it.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from genossm.ops.backend import choose
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
-from genossm.ops.fftconv import fftconv, fftconv_ref, good_size
+from genossm.ops.fftconv import fftconv, fftconv_ref, good_size, gpu_size
 from genossm.ops.kernels.threads_numba import array, run_shared, threads_for
 
 _GROUP = 1 << 18
@@ -68,8 +69,17 @@ def hyena_conv(
     dtypes = {u_BLC.dtype, w_CW.dtype, bias_C.dtype, k_DL.dtype, skip_D.dtype}
     one_dtype = dtypes == {torch.float32}
     fits = u_BLC.device.type == "cpu" and w_CW.shape[1] == 3 and one_dtype and not torch.compiler.is_compiling()
-    if fits and choose("hyena_conv", u_BLC.device, ("numba", "torch")).name == "numba":
+    offered = (
+        (["triton"] if u_BLC.dtype != torch.float64 else []) + (["numba"] if fits else []) + ["torch", "reference"]
+    )
+    chosen = choose("hyena_conv", u_BLC.device, offered).name
+    if chosen == "reference":
+        return hyena_conv_ref(u_BLC, w_CW, bias_C, k_DL, skip_D)
+    if chosen == "numba":
         return _HyenaConv.apply(u_BLC.transpose(1, 2), w_CW, bias_C, k_DL, skip_D).transpose(1, 2)
+    if chosen == "triton":
+        kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
+        return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, k_DL, skip_D, gpu_size(2 * u_BLC.shape[1] - 1))
     x0_BLD, x1_BLD, v_BLD = causal_conv1d(u_BLC, w_CW, bias_C).chunk(3, dim=-1)
     return fftconv(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)
 

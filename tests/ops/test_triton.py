@@ -13,6 +13,7 @@ import torch
 from genossm.ops.backend import installed, use_backend
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref
+from genossm.ops.hyena_conv import hyena_conv, hyena_conv_ref
 from genossm.ops.selective_scan import selective_scan, selective_scan_ref
 from genossm.testing import assert_equals_reference
 
@@ -125,6 +126,15 @@ def test_fftconv(shape, time_last, gated, reverse):
         inputs |= {"gate_in_BLD": draw(*shape), "gate_out_BLD": draw(*shape, time_last=time_last)}
     with use_backend("triton"):
         assert_equals_reference(fftconv, fftconv_ref, inputs, {})
+
+
+@small
+@pytest.mark.parametrize("length", [1, 37])
+def test_hyena_conv(length):
+    inputs = {"u_BLC": draw(2, length, 15, time_last=True), "w_CW": draw(15, 3), "bias_C": draw(15)}
+    inputs |= {"k_DL": draw(5, length + 2), "skip_D": draw(5)}
+    with use_backend("triton"):
+        assert_equals_reference(hyena_conv, hyena_conv_ref, inputs, {})
 
 
 def relative(got, truth):

@@ -174,33 +174,55 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         x, w, bias, lengths, silu, reverse = given
-        w, bias = w.contiguous(), None if bias is None else bias.contiguous()
-        batch, length, width = x.shape
-        BD, G = _shape(x)
-        groups, tiles = triton.cdiv(width, BD), triton.cdiv(length, G * 8)
-        y = empty_like(x)
-        ctx.flags = {
-            "W": w.shape[1], "HAS_BIAS": bias is not None, "SILU": silu, "HAS_LENGTHS": lengths is not None,
-            "REVERSE": reverse, "BD": BD, "G": G, "num_warps": 4,
-        }  # fmt: skip
-        _forward[(groups * tiles, batch)](
-            x, w, bias, lengths, y, width, length, groups, *x.stride(), *y.stride(), **ctx.flags
-        )
         ctx.save_for_backward(x, w, bias, lengths)
-        return y
+        ctx.options = (silu, reverse)
+        return convolve(x, w, bias, lengths, silu, reverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, bias, lengths = ctx.saved_tensors
-        dy, flags = grads[0], ctx.flags
-        batch, length, width = x.shape
-        groups, tiles = triton.cdiv(width, flags["BD"]), triton.cdiv(length, flags["G"] * 8)
-        dx = empty_like(x)
-        parts = torch.empty(batch, tiles, width, flags["W"] + 1, device=x.device)
-        _backward[(groups * tiles, batch)](
-            x, w, bias, lengths, dy, dx, parts, width, length, tiles, groups,
-            *x.stride(), *dy.stride(), *dx.stride(), **flags,
-        )  # fmt: skip
-        total = parts.sum((0, 1))
-        dbias = None if bias is None else total[:, -1].to(bias.dtype)
-        return dx, total[:, :-1].to(w.dtype), dbias, None, None, None
+        return (*convolve_backward(grads[0], *ctx.saved_tensors, *ctx.options), None, None, None)
+
+
+def _flags(x: Tensor, w: Tensor, bias: Tensor | None, lengths: Tensor | None, silu: bool, reverse: bool) -> Any:
+    BD, G = _shape(x)
+    return {
+        "W": w.shape[1], "HAS_BIAS": bias is not None, "SILU": silu, "HAS_LENGTHS": lengths is not None,
+        "REVERSE": reverse, "BD": BD, "G": G, "num_warps": 4,
+    }  # fmt: skip
+
+
+def convolve(
+    x: Tensor, w: Tensor, bias: Tensor | None, lengths: Tensor | None = None, silu: bool = False, reverse: bool = False
+) -> Tensor:
+    """Run the forward kernel."""
+    batch, length, width = x.shape
+    flags = _flags(x, w, bias, lengths, silu, reverse)
+    groups, tiles = triton.cdiv(width, flags["BD"]), triton.cdiv(length, flags["G"] * 8)
+    y = empty_like(x)
+    _forward[(groups * tiles, batch)](
+        x, w.contiguous(), bias, lengths, y, width, length, groups, *x.stride(), *y.stride(), **flags
+    )
+    return y
+
+
+def convolve_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None = None,
+    silu: bool = False,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of input, taps and bias."""
+    batch, length, width = x.shape
+    flags = _flags(x, w, bias, lengths, silu, reverse)
+    groups, tiles = triton.cdiv(width, flags["BD"]), triton.cdiv(length, flags["G"] * 8)
+    dx = empty_like(x)
+    parts = torch.empty(batch, tiles, width, flags["W"] + 1, device=x.device)
+    _backward[(groups * tiles, batch)](
+        x, w.contiguous(), bias, lengths, dy, dx, parts, width, length, tiles, groups,
+        *x.stride(), *dy.stride(), *dx.stride(), **flags,
+    )  # fmt: skip
+    total = parts.sum((0, 1))
+    return dx, total[:, :-1].to(w.dtype), None if bias is None else total[:, -1].to(bias.dtype)

@@ -41,7 +41,7 @@ def _pack(
         value *= _element(gate, b, c, t[:, None], g_b, g_c, g_t, seen)
     if HAS_BEHIND:
         lag = size - 1 - t
-        tail = (lag < L - 1)[:, None] & (c < width)
+        tail = ((lag >= 0) & (lag < L - 1))[:, None] & (c < width)
         value += tl.load(behind + c.to(tl.int64) * r_c + lag[:, None] * r_t, tail, 0.0).to(tl.float32)
     at = (b * tl.num_programs(1) + pair) * size * 2
     tl.store(out + at + t[:, None] * 2 + tl.arange(0, 2)[None, :], value, (t < size)[:, None])
@@ -79,8 +79,8 @@ def _store_channels(x, f, g, a_re, a_im, b_re, b_im, seen):
 
 
 @triton.jit
-def _multiply(z, w, size, scale, T: tl.constexpr):
-    """Multiply each channel's spectrum in z by that of its filter in w, in place."""
+def _multiply(z, w, out, size, scale, T: tl.constexpr):
+    """Multiply each channel's spectrum in z by that of its filter in w; `out` may be z."""
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + pair
     f = tl.program_id(0) * T + tl.arange(0, T)
@@ -89,7 +89,7 @@ def _multiply(z, w, size, scale, T: tl.constexpr):
     a_re, a_im, b_re, b_im = _channels(z + row * size * 2, f, g, seen)
     ka_re, ka_im, kb_re, kb_im = _channels(w + pair * size * 2, f, g, seen)
     _store_channels(
-        z + row * size * 2, f, g,
+        out + row * size * 2, f, g,
         scale * (a_re * ka_re - a_im * ka_im), scale * (a_re * ka_im + a_im * ka_re),
         scale * (b_re * kb_re - b_im * kb_im), scale * (b_re * kb_im + b_im * kb_re), seen,
     )  # fmt: skip
@@ -158,7 +158,7 @@ def _finish(
 @triton.jit
 def _finish_backward(
     packed, dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, L, size, first, width,
-    y_b, y_c, y_t, x_b, x_c, x_t, i_b, i_c, i_t, o_b, o_c, o_t,
+    y_b, y_c, y_t, x_b, x_c, x_t, i_b, i_c, i_t, o_b, o_c, o_t, d_b, d_c,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SKIP: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Crop the input's gradient, add the skip's share and pass it through the gates."""
@@ -167,10 +167,10 @@ def _finish_backward(
     seen = (t < L)[None, :] & (c < width)
     at = (b * tl.num_programs(1) + pair) * size * 2
     du = tl.load(packed + at + 2 * t[None, :] + tl.arange(0, 2)[:, None], seen, 0.0)
-    to = (b * width + c).to(tl.int64) * L + t[None, :]
+    to = b * d_b + c.to(tl.int64) * d_c + t[None, :]
     dconv = _element(dy, b, c, t[None, :], y_b, y_c, y_t, seen)
     if HAS_OUT:
-        kept = tl.load(conv + to, seen, 0.0).to(tl.float32)
+        kept = tl.load(conv + (b * width + c).to(tl.int64) * L + t[None, :], seen, 0.0).to(tl.float32)
         tl.store(d_out + to, (dconv * kept).to(d_out.dtype.element_ty), seen)
         dconv *= _element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
     value = _element(x, b, c, t[None, :], x_b, x_c, x_t, seen)
@@ -207,75 +207,123 @@ class FFTConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x, k, skip, behind, gate_in, gate_out, size = given
-        batch, length, width = x.shape
-        step = max(1, _GROUP_BYTES // (8 * size * batch)) * 2
-        ctx.keeps = 8 * size * (batch + 1) * width // 2 <= _KEPT_BYTES
-        train = any(ctx.needs_input_grad)
-        y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
-        conv = torch.empty_like(y) if train and gate_out is not None else None
-        spectra: list[Tensor] = []
-        for first in range(0, width, step):
-            pairs = (min(step, width - first) + 1) // 2
-            z = torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
-            w = torch.fft.fft(_packed(k[None].transpose(1, 2), None, behind, first, pairs, size, length))
-            if train and ctx.keeps:
-                spectra += [z, w]
-                z = z.clone()
-            _multiply[(triton.cdiv(size // 2 + 1, _T), pairs, batch)](
-                torch.view_as_real(z), torch.view_as_real(w), size, 1 / size, T=_T
-            )
-            # The 1 / n of the inverse transform is in the product.
-            z = torch.fft.ifft(z, norm="forward")
-            _finish[(triton.cdiv(length, _T), pairs, batch)](
-                torch.view_as_real(z), x, gate_in, gate_out, skip, y, conv, length, size, first, width,
-                *_steps(x), *_steps(gate_in), *_steps(gate_out),
-                HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
-                KEEP=conv is not None, T=_T,
-            )  # fmt: skip
-        ctx.save_for_backward(x, k, skip, behind, gate_in, gate_out, conv, *spectra)
-        ctx.size, ctx.step = size, step
-        return y.transpose(1, 2)
+        *tensors, size = given
+        y, conv, spectra = convolve(*tensors, size, train=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*tensors, conv, *spectra)
+        ctx.size = size
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, k, skip, behind, gate_in, gate_out, conv, *spectra = ctx.saved_tensors
-        dy, size, step = grads[0], ctx.size, ctx.step
-        batch, length, width = x.shape
-        blocks = triton.cdiv(length, _T)
-        dx = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
-        d_in, d_out = (None if gate is None else torch.empty_like(dx) for gate in (gate_in, gate_out))
-        d_skip = None if skip is None else torch.empty(batch, blocks, width, device=x.device)
-        dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
-        d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
-        for first in range(0, width, step):
-            pairs = (min(step, width - first) + 1) // 2
-            if spectra:
-                z, w, *spectra = spectra
-            else:
-                z = torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
-                w = torch.fft.fft(_packed(k[None].transpose(1, 2), None, behind, first, pairs, size, length))
-            d = torch.fft.fft(_packed(dy, gate_out, None, first, pairs, size))
-            dw = torch.empty_like(w)
-            _correlate[(triton.cdiv(size // 2 + 1, _T // 2), pairs)](
-                *(torch.view_as_real(s) for s in (d, z, w, dw)), size, batch, 1 / size, T=_T // 2
-            )
-            del z, w
-            dw = torch.fft.ifft(dw, norm="forward")
-            _unpack_filter[(blocks, pairs, 1)](
-                torch.view_as_real(dw), dk, d_behind, length, size, first, width, dk.stride(0),
-                0 if d_behind is None else d_behind.stride(0), HAS_BEHIND=behind is not None, T=_T,
-            )  # fmt: skip
-            del dw
-            d = torch.fft.ifft(d, norm="forward")
-            _finish_backward[(blocks, pairs, batch)](
-                torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, length, size,
-                first, width, *_steps(dy), *_steps(x), *_steps(gate_in), *_steps(gate_out),
-                HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
-            )  # fmt: skip
-        d_skip = None if d_skip is None else d_skip.sum((0, 1)).to(skip.dtype)
-        gates = (None if d is None else d.transpose(1, 2) for d in (d_in, d_out))
-        return (dx.transpose(1, 2), dk, d_skip, d_behind, *gates, None)
+        dx, d_in, d_out = (
+            None if like is None else torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format)
+            for like in (x, gate_in, gate_out)
+        )
+        dk, d_skip, d_behind = convolve_backward(
+            grads[0], x, k, skip, behind, gate_in, gate_out, conv, spectra, ctx.size, dx, d_in, d_out
+        )
+        return (_turned(dx), dk, d_skip, d_behind, _turned(d_in), _turned(d_out), None)
+
+
+def convolve(
+    x: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    behind: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    size: int,
+    train: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return the result, and for `convolve_backward` what stood before the gate and, where small, the spectra."""
+    batch, length, width = x.shape
+    step = _step(size, batch)
+    keeps = train and 8 * size * (batch + 1) * width // 2 <= _KEPT_BYTES
+    y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
+    conv = torch.empty_like(y) if train and gate_out is not None else None
+    spectra: list[Tensor] = []
+    for first in range(0, width, step):
+        pairs = (min(step, width - first) + 1) // 2
+        z, w = _spectra(x, gate_in, k, behind, first, pairs, size)
+        if keeps:
+            spectra += [z, w]
+        product = torch.empty_like(z) if keeps else z
+        _multiply[(triton.cdiv(size // 2 + 1, _T), pairs, batch)](
+            torch.view_as_real(z), torch.view_as_real(w), torch.view_as_real(product), size, 1 / size, T=_T
+        )
+        # The 1 / n of the inverse transform is in the product.
+        product = torch.fft.ifft(product, norm="forward")
+        _finish[(triton.cdiv(length, _T), pairs, batch)](
+            torch.view_as_real(product), x, gate_in, gate_out, skip, y, conv, length, size, first, width,
+            *_steps(x), *_steps(gate_in), *_steps(gate_out),
+            HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
+            KEEP=conv is not None, T=_T,
+        )  # fmt: skip
+    return y.transpose(1, 2), conv, spectra
+
+
+def convolve_backward(
+    dy: Tensor,
+    x: Tensor,
+    k: Tensor,
+    skip: Tensor | None,
+    behind: Tensor | None,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    conv: Tensor | None,
+    spectra: list[Tensor],
+    size: int,
+    dx: Tensor,
+    d_in: Tensor | None,
+    d_out: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Write the gradients of x and the gates into (B, D, L) with the same strides; return those of the filters."""
+    batch, length, width = x.shape
+    blocks, step = triton.cdiv(length, _T), _step(size, batch)
+    d_skip = None if skip is None else torch.empty(batch, blocks, width, device=x.device)
+    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+    d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
+    spectra = list(spectra)
+    for first in range(0, width, step):
+        pairs = (min(step, width - first) + 1) // 2
+        z, w = (spectra.pop(0), spectra.pop(0)) if spectra else _spectra(x, gate_in, k, behind, first, pairs, size)
+        d = torch.fft.fft(_packed(dy, gate_out, None, first, pairs, size))
+        dw = torch.empty_like(w)
+        _correlate[(triton.cdiv(size // 2 + 1, _T // 2), pairs)](
+            *(torch.view_as_real(s) for s in (d, z, w, dw)), size, batch, 1 / size, T=_T // 2
+        )
+        del z, w
+        dw = torch.fft.ifft(dw, norm="forward")
+        _unpack_filter[(blocks, pairs, 1)](
+            torch.view_as_real(dw), dk, d_behind, length, size, first, width, dk.stride(0),
+            0 if d_behind is None else d_behind.stride(0), HAS_BEHIND=behind is not None, T=_T,
+        )  # fmt: skip
+        del dw
+        d = torch.fft.ifft(d, norm="forward")
+        _finish_backward[(blocks, pairs, batch)](
+            torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, length, size,
+            first, width, *_steps(dy), *_steps(x), *_steps(gate_in), *_steps(gate_out), dx.stride(0), dx.stride(1),
+            HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
+        )  # fmt: skip
+    return dk, None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
+
+
+def _step(size: int, batch: int) -> int:
+    """Return the channels of a group."""
+    return max(1, _GROUP_BYTES // (8 * size * batch)) * 2
+
+
+def _turned(d_BDL: Tensor | None) -> Tensor | None:
+    return None if d_BDL is None else d_BDL.transpose(1, 2)
+
+
+def _spectra(
+    x: Tensor, gate: Tensor | None, k: Tensor, behind: Tensor | None, first: int, pairs: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the transforms of a group's gated input and of its filters."""
+    z = torch.fft.fft(_packed(x, gate, None, first, pairs, size))
+    return z, torch.fft.fft(_packed(k[None].transpose(1, 2), None, behind, first, pairs, size, x.shape[1]))
 
 
 def _packed(

@@ -399,7 +399,7 @@ class _Plan:
         grid = (triton.cdiv(self.width * self.N, 32), self.batch)
         _chain[grid](
             edge, decay, A, first, entering, last, self.width, self.tiles,
-            N=self.N, HAS_FIRST=first is not None, LEFTWARD=leftward, WIDTH=32, U=32, num_warps=1,
+            N=self.N, HAS_FIRST=first is not None, LEFTWARD=leftward, WIDTH=32, U=128, num_warps=4,
         )  # fmt: skip
         return entering, last
 

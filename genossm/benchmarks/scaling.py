@@ -1,0 +1,91 @@
+"""Time and memory of the backbones over the length of the sequence, at matched numbers of parameters."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from genossm.benchmarks.base import Comparison, Run
+from genossm.models.base import config_from_dict
+
+LENGTHS = {"cuda": (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20), "cpu": (1 << 10, 1 << 12)}
+"""Lengths by kind of device."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "hyenadna": {"model_type": "hyenadna", "d_model": 128, "n_layer": 2},
+    "caduceus": {"model_type": "caduceus", "d_model": 128, "n_layer": 4},
+    "mamba": {"model_type": "mamba", "d_model": 128, "n_layer": 4},
+    "mamba2": {"model_type": "mamba2", "d_model": 128, "n_layer": 4},
+    "striped_hyena": {"model_type": "striped_hyena", "d_model": 128, "n_layer": 2},
+    "transformer, flash": {"model_type": "transformer", "d_model": 128, "n_layer": 2, "n_head": 2},
+    "transformer, cuDNN": {"model_type": "transformer", "d_model": 128, "n_layer": 2, "n_head": 2},
+}
+"""About 0.4 M parameters each."""
+
+
+def comparisons(device: torch.device) -> list[Comparison]:
+    """Return one comparison a backbone, length and kind of work; batch 1, checkpointed where it trains."""
+    return [
+        Comparison(
+            name=f"{name} {work} {length}",
+            build=partial(_build, name, work, length, device),
+            tokens=length,
+            memory=device.type == "cuda",
+        )
+        for name in SHAPES
+        if device.type == "cuda" or "cuDNN" not in name
+        for work in ("training", "inference")
+        for length in LENGTHS[device.type]
+    ]
+
+
+def _build(name: str, work: str, length: int, device: torch.device) -> Mapping[str, Run]:
+    torch.manual_seed(0)
+    shape = SHAPES[name] | ({"max_length": length} if SHAPES[name]["model_type"] == "hyenadna" else {})
+    model = config_from_dict(shape).build().to(device).train(work == "training")
+    model.gradient_checkpointing = True
+    ids_BL = torch.randint(7, 11, (1, length), device=device)
+    attention = partial(_attention, name, device)
+
+    def infer() -> None:
+        with attention(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            model(ids_BL)
+
+    def train() -> None:
+        with attention():
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(ids_BL).float().square().mean()
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    run: Callable[[], None] = train if work == "training" else infer
+    return {f"{model.num_parameters():,} parameters": run}
+
+
+def _attention(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # attend() puts cuDNN's kernel first, so only the other needs to be asked for.
+    return (
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION])
+        if "flash" in name and device.type == "cuda"
+        else contextlib.nullcontext()
+    )
+
+
+def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return, for each backbone and kind of work, the power of the length that its time grows with at the long end.
+
+    The slope of log time over log length between the two longest lengths that ran.
+    """
+    times: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        series, _, length = row["comparison"].rpartition(" ")
+        if not math.isnan(row["seconds"]):
+            times.setdefault(series, []).append((int(length), row["seconds"]))
+    return {
+        series: math.log(points[-1][1] / points[-2][1]) / math.log(points[-1][0] / points[-2][0])
+        for series, points in times.items()
+        if len(points) > 1
+    }
