@@ -141,24 +141,40 @@ def relative(got, truth):
     return float((got.double() - truth.double()).norm() / truth.double().norm())
 
 
+def scan_by_doubling(u, dt, A, B, C, D, z, dt_bias, initial_state, reverse):
+    """Scan in log2(L) steps of whole tensors: with float64, a truth that a GPU has time for at any length."""
+    if reverse:
+        u, dt, B, C, z = (x.flip(1) for x in (u, dt, B, C, z))
+    dt = torch.nn.functional.softplus(dt + dt_bias)
+    decay = torch.exp(dt[..., None] * A)
+    h = (dt * u)[..., None] * B[:, :, None]
+    h = torch.cat([h[:, :1] + decay[:, :1] * initial_state[:, None], h[:, 1:]], dim=1)
+    step = 1
+    while step < u.shape[1]:
+        h = torch.cat([h[:, :step], h[:, step:] + decay[:, step:] * h[:, :-step]], dim=1)
+        decay = torch.cat([decay[:, :step], decay[:, step:] * decay[:, :-step]], dim=1)
+        step *= 2
+    y = ((h * C[:, :, None]).sum(-1) + D * u) * torch.nn.functional.silu(z)
+    return y.flip(1) if reverse else y
+
+
 @gpu
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("shape", [(1, 131071, 40, 16), (2, 8192, 72, 16), (1, 131072, 64, 16)])
+@pytest.mark.parametrize("shape", [(1, 131071, 9, 8), (2, 8192, 24, 16)])
 def test_selective_scan_at_real_lengths(shape, dtype, allowed, reverse):
-    """Values and every gradient by ‖got - truth‖ / ‖truth‖, the truth being the torch backend in float64."""
+    """Values and every gradient by ‖got - truth‖ / ‖truth‖, and bit by bit the same when run again."""
     inputs = {k: v.requires_grad_() for k, v in draw_scan(*shape, dtype).items()}
     truths = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
     with use_backend("triton"):
         got = selective_scan(**inputs, reverse=reverse)
         again = selective_scan(**inputs, reverse=reverse)
-    with use_backend("torch"):
-        truth = selective_scan(**truths, reverse=reverse)
-    weight = torch.randn_like(truth)
+    truth = scan_by_doubling(*(truths[name] for name in inputs), reverse)
+    weight = torch.randn_like(truth).to(dtype)
     assert relative(got, truth) <= allowed
-    gradients = torch.autograd.grad(got, list(inputs.values()), weight.to(dtype))
-    repeated = torch.autograd.grad(again, list(inputs.values()), weight.to(dtype))
-    wanted = torch.autograd.grad(truth, list(truths.values()), weight.to(dtype).double())
+    gradients = torch.autograd.grad(got, list(inputs.values()), weight)
+    repeated = torch.autograd.grad(again, list(inputs.values()), weight)
+    wanted = torch.autograd.grad(truth, list(truths.values()), weight.double())
     for name, one, two, other in zip(inputs, gradients, repeated, wanted, strict=True):
         assert relative(one, other) <= allowed, name
         assert torch.equal(one, two), f"{name} does not repeat"
