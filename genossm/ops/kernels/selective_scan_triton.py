@@ -397,9 +397,11 @@ class _Plan:
     def chain(self, edge: Tensor, decay: Tensor, A: Tensor, first: Tensor | None, leftward: bool) -> tuple[Tensor, ...]:
         entering, last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
         grid = (triton.cdiv(self.width * self.N, 32), self.batch)
+        # Many tiles at once hide the latency of a long chain; a short one would only pay for what it lacks.
+        rows = 128 if self.tiles > 64 else 32
         _chain[grid](
             edge, decay, A, first, entering, last, self.width, self.tiles,
-            N=self.N, HAS_FIRST=first is not None, LEFTWARD=leftward, WIDTH=32, U=128, num_warps=4,
+            N=self.N, HAS_FIRST=first is not None, LEFTWARD=leftward, WIDTH=32, U=rows, num_warps=rows // 32,
         )  # fmt: skip
         return entering, last
 
