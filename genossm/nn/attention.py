@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_FASTEST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_FASTEST = {
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
 """Kernels on a GPU by speed: torch alone takes flash, a third slower than cuDNN's on Hopper (measured)."""
 
 
@@ -107,7 +107,9 @@ def attend(
         past_LS = torch.ones(length, known, dtype=torch.bool, device=q_BLHP.device).tril(known - length)
         seen = past_LS if seen is None else seen & past_LS
     half = q_BLHP.is_cuda and q_BLHP.dtype in (torch.float16, torch.bfloat16)
-    with sdpa_kernel(_FASTEST, set_priority=True) if half else contextlib.nullcontext():
+    # A kernel that the caller has switched off stays off.
+    allowed = [kernel for kernel, enabled in _FASTEST.items() if enabled()]
+    with sdpa_kernel(allowed, set_priority=True) if half else contextlib.nullcontext():
         y_BHLP = F.scaled_dot_product_attention(
             q_BLHP.transpose(1, 2),
             k_BSGP.transpose(1, 2),

@@ -133,7 +133,7 @@ class Mamba(nn.Module):
             reverse: run from right to left.
             rows: `lengths_B` and `resets_BL` of the ops.
         """
-        x_BLE, z_BLE = xz_BLE2.chunk(2, dim=-1)
+        x_BLE, z_BLE = _split(xz_BLE2, [xz_BLE2.shape[-1] // 2] * 2)
         options: dict[str, Any] = {"return_state": state is not None, "reverse": reverse, **rows}
         mixed = causal_conv1d(
             x_BLE,
@@ -165,7 +165,7 @@ class Mamba(nn.Module):
         rank = self.dt_proj.in_features
         states = self.A_log.shape[1]
         if _time_is_last(x):
-            dt, B, C = to_time(self.x_proj.weight, x).split([rank, states, states], dim=-1)
+            dt, B, C = _split(to_time(self.x_proj.weight, x), [rank, states, states])
             return to_time(self.dt_proj.weight, dt), B, C
         dt, B, C = self.x_proj(x).split([rank, states, states], dim=-1)
         return F.linear(dt, self.dt_proj.weight), B, C
@@ -266,6 +266,13 @@ def _project(linear: nn.Linear | None, x: Tensor, turned: int | None) -> Tensor:
         return F.linear(x, weight, bias)
     # What goes into a layer has its width contiguous in memory, what comes out of its scan has its time.
     return (to_time if x.stride(-1) == 1 else from_time)(weight, x, bias)
+
+
+def _split(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Split the width; in the form whose time is contiguous, so that the parts' gradients are joined at full speed."""
+    if not _time_is_last(x):
+        return x.split(sizes, dim=-1)
+    return tuple(part.transpose(1, 2) for part in x.transpose(1, 2).split(sizes, dim=1))
 
 
 def _time_is_last(x: Tensor) -> bool:
