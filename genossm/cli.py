@@ -18,6 +18,7 @@ FLAG_VERBS: dict[str, str] = {
     "score": "variants of a VCF to scores:  genossm score --model M --vcf in.vcf.gz --genome G.fa --out scored.vcf.gz",
     "ism": "all substitutions of a region:  genossm ism --model M --bed B --genome G.fa --out ism.parquet",
     "generate": "prompts to sequences:  genossm generate --model M --prompt ACGT --n 10 --length 1000 --out new.fa",
+    "plot": "figures of the tables that the other verbs write:  genossm plot --table T --out figure.png",
     "bench": "time and memory of ops, training and the data path:  genossm bench ops",
 }
 """Verbs whose flags typer derives from the function of the same name in the module of the same name."""

@@ -54,7 +54,7 @@ class Mutagenesis:
 
     def matrix(self, region: int = 0, column: str = "llr") -> Any:
         """Return the effects of a region as (4, L), bases in the order A, C, G, T; 0 at the reference base."""
-        return matrix(self.table, region, column)
+        return tables.substitution_matrix(self.table, region, column)
 
     def summary(self) -> dict[str, Any]:
         """Return the outcome for the command line."""
@@ -223,31 +223,6 @@ class Run:
         arrays = [pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=False)]
         arrays += [pa.array(column, pa.float64(), from_pandas=True) for column in values.T]
         return pa.record_batch(arrays, schema=schema)
-
-
-def matrix(table: pa.Table, region: int = 0, column: str = "llr") -> Any:
-    """Return the effects of a region as (4, L), bases in the order A, C, G, T; 0 at the reference base.
-
-    Args:
-        table: the rows of an in-silico mutagenesis.
-        region: number of the region.
-        column: the effect.
-
-    Raises:
-        KeyError: there is no such column.
-        ValueError: there is no such region.
-    """
-    if column not in table.column_names:
-        raise KeyError(f"There is no column {column!r}; there are: {', '.join(table.column_names)}.")
-    rows = [row for row in table.to_pylist() if row["region"] == region]
-    if not rows:
-        raise ValueError(f"There is no region {region}.")
-    first, last = (choose(row["position"] for row in rows) for choose in (min, max))
-    values = np.zeros((4, last - first + 1))
-    for row in rows:
-        at = last - row["position"] if row["strand"] == "-" else row["position"] - first
-        values["ACGT".index(row["alt"]), at] = row[column]
-    return values
 
 
 def write_track(paths: Sequence[Path], out: Path, ending: str, records: Records, column: str) -> None:
