@@ -10,6 +10,7 @@ from genossm.errors import fail, is_users_mistake, listed, message_of, nearest
 
 HYDRA_VERBS = {
     "train": "train or fine-tune a model:  genossm train experiment=hyenadna data.fasta=my.fa",
+    "evaluate": "run a suite of tasks and write one table:  genossm evaluate suite=quick model=hyenadna",
 }
 """Verbs whose arguments are Hydra overrides: their module's `main()` reads them from sys.argv."""
 

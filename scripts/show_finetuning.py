@@ -107,7 +107,8 @@ def pretrain(name: str, rate: float, arguments: argparse.Namespace) -> dict[str,
     steps = max(2, round(arguments.pretrain_seconds / seconds_a_step))
     task, data = build_data(steps)
     values = {"accelerator": "auto", "devices": 1, "precision": "auto", "max_steps": steps, "gradient_clip_val": 1.0}
-    trainer = build_trainer({**values, "limit_val_batches": 0, "log_every_n_steps": 50}, [], [])
+    values |= {"accumulate_grad_batches": 1, "limit_val_batches": 0, "log_every_n_steps": 50}
+    trainer = build_trainer(values, [], [])
     began = time.monotonic()
     trainer.fit(task, datamodule=data)
     seconds = time.monotonic() - began

@@ -1,0 +1,138 @@
+"""The table of an evaluation: our runs beside published numbers of the same protocol, as CSV, Markdown and HTML."""
+
+import csv
+import html
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from genossm.files import write_atomically
+
+COLUMNS = ("task", "model", "metric", "mean ± sd", "min to max", "runs", "source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line: a model on a task; `spread` of published numbers is what their table gives after ±."""
+
+    task: str
+    model: str
+    metric: str
+    mean: float
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """Smallest and largest of the runs."""
+    interval_low: float | None = None
+    interval_high: float | None = None
+    """Bootstrap confidence interval (95 %) over test rows, averaged over the runs."""
+    runs: int = 1
+    failed: int = 0
+    rate: float | None = None
+    source: str = "ours"
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as text, in the order of `COLUMNS`."""
+        mean = f"{self.mean:.3f}" + (f" ± {self.sd:.3f}" if self.sd is not None else "")
+        if self.interval_low is not None:
+            mean += f" [{self.interval_low:.3f}, {self.interval_high:.3f}]"
+        extremes = f"{self.low:.3f} to {self.high:.3f}" if self.low is not None and self.high is not None else ""
+        runs = f"{self.runs}" + (f" ({self.failed} failed)" if self.failed else "")
+        return self.task, self.model, self.metric, mean, extremes, runs, self.source
+
+
+def summarise(task: str, model: str, found: Sequence[tuple[float, dict[str, Any]]], failed: int = 0) -> Row:
+    """Return the row of a task's runs, at the learning rate whose validation mean is best; test never chooses.
+
+    Args:
+        task, model: names.
+        found: learning rate and result.json of each finished run.
+        failed: runs that failed.
+    """
+    from genossm.tasks.metrics import mode_of
+
+    monitor = found[0][1]["monitor"]
+    metric = monitor.removeprefix("val/")
+    sign = 1 if mode_of(monitor) == "max" else -1
+    rates = sorted({rate for rate, _ in found})
+    best = max(rates, key=lambda r: sign * statistics.mean(v["metrics"][monitor] for rate, v in found if rate == r))
+    chosen = [values for rate, values in found if rate == best]
+    scores = [values["metrics"][f"test/{metric}"] for values in chosen]
+    return Row(
+        task=task,
+        model=model,
+        metric=metric,
+        mean=statistics.mean(scores),
+        sd=statistics.stdev(scores) if len(scores) > 1 else None,
+        low=min(scores),
+        high=max(scores),
+        interval_low=statistics.mean(values["interval"][0] for values in chosen),
+        interval_high=statistics.mean(values["interval"][1] for values in chosen),
+        runs=len(scores),
+        failed=failed,
+        rate=best,
+        source=f"ours, {chosen[0]['protocol']}",
+    )
+
+
+def read_published(benchmark: str | None, protocol: str, task: str) -> list[Row]:
+    """Return the published numbers of a task under the very same protocol; none where there are none."""
+    text = (resources.files("genossm") / "assets" / "published.csv").read_text()
+    rows = csv.DictReader(text.splitlines())
+    return [
+        Row(
+            task=task,
+            model=row["model"],
+            metric=row["metric"],
+            mean=float(row["value"]),
+            low=float(row["value"]) - float(row["spread"]) if row["spread"] else None,
+            high=float(row["value"]) + float(row["spread"]) if row["spread"] else None,
+            runs=int(row["runs"]),
+            source=row["source"],
+        )
+        for row in rows
+        if (row["benchmark"], row["protocol"], row["task"]) == (benchmark, protocol, task)
+    ]
+
+
+def write_tables(folder: Path, title: str, rows: Sequence[Row], footer: Sequence[str]) -> None:
+    """Write table.csv, table.md and table.html."""
+    write_atomically(folder / "table.csv", lambda path: _write_csv(path, rows))
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row.cells()) + " |" for row in rows]
+    text = f"# {title}\n\n" + "\n".join(lines) + "\n\n" + "".join(f"- {line}\n" for line in footer)
+    write_atomically(folder / "table.md", lambda path: path.write_text(text))
+    write_atomically(folder / "table.html", lambda path: path.write_text(_page(title, rows, footer)))
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(Row.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def _page(title: str, rows: Sequence[Row], footer: Sequence[str]) -> str:
+    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"]
+    parts.append("<style>body{font:14px sans-serif}td,th{padding:2px 10px;text-align:left}</style>")
+    parts.append(f"<h1>{html.escape(title)}</h1><table><tr>")
+    parts += [f"<th>{name}</th>" for name in (*COLUMNS, "")]
+    for row in rows:
+        parts.append("</tr><tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells()))
+        parts.append(f"<td>{_bar(row)}</td>")
+    parts.append("</tr></table><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in footer) + "</ul>")
+    return "\n".join(parts) + "\n"
+
+
+def _bar(row: Row) -> str:
+    """Return a bar from 0 to 1 with an error bar from the smallest to the largest run."""
+    width = 200 * min(1.0, max(0.0, row.mean))
+    colour = "#2a6f97" if row.source.startswith("ours") else "#b0b7bd"
+    line = ""
+    if row.low is not None and row.high is not None:
+        ends = [200 * min(1.0, max(0.0, value)) for value in (row.low, row.high)]
+        line = f'<line x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="8" y2="8" stroke="black" stroke-width="2"/>'
+    return f'<svg width="204" height="16"><rect width="{width:.1f}" height="16" fill="{colour}"/>{line}</svg>'

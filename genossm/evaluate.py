@@ -1,0 +1,317 @@
+"""`genossm evaluate`: tasks x seeds x learning rates, resumed where it was killed, in one table with published ones."""
+
+import json
+import logging
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from genossm.comparison import Row, read_published, summarise, write_tables
+from genossm.config import compose as compose_verb
+from genossm.config import launch as launch_verb
+from genossm.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+TRIES = 2
+"""How often a cell is tried whose process fails or is killed before it is marked failed."""
+LAUNCHERS = ("local", "slurm")
+BASELINES = ("none", "kmers", "layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run of the grid; everything that it needs can be sent to another process."""
+
+    task: str
+    seed: int
+    rate: float
+    overrides: tuple[str, ...]
+    folder: str
+    """Where result.json goes, or failed.txt."""
+
+    @property
+    def result(self) -> Path:
+        """File that a finished run leaves."""
+        return Path(self.folder) / "result.json"
+
+    @property
+    def failure(self) -> Path:
+        """File that a run leaves that failed for good."""
+        return Path(self.folder) / "failed.txt"
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What a suite gives back: the folder of its tables, their rows, and what stands below them."""
+
+    folder: Path
+    rows: list[Row]
+    footer: list[str]
+
+
+def evaluate(config: DictConfig) -> EvaluateResult:
+    """Run what `conf/evaluate.yaml` describes, or go on with it where it was stopped.
+
+    Args:
+        config: the composed config; `genossm.evaluate.compose` makes one from overrides.
+
+    Returns:
+        The folder, which holds cells/ and table.csv, table.md and table.html, the rows and the footer.
+
+    Raises:
+        ValueError: a value is wrong; the message says which and what is allowed.
+    """
+    for name, allowed in (("launcher", LAUNCHERS), ("baselines", BASELINES)):
+        if config[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}.")
+    folder = Path(config.output) / str(config.name)
+    cells = grid(config, folder)
+    if config.retry_failed:
+        for cell in cells:
+            cell.failure.unlink(missing_ok=True)
+    waiting = [cell for cell in cells if not cell.result.exists() and not cell.failure.exists()]
+    logger.info("%d of %d cells are left to run", len(waiting), len(cells))
+    if config.launcher == "slurm":
+        launch_slurm(waiting, folder, config)
+    else:
+        launch(waiting, int(config.jobs))
+    rows: list[Row] = []
+    footer = [f"protocol {config.suite.protocol}; the rate is the one with the best validation mean"]
+    for task in dict.fromkeys(cell.task for cell in cells):
+        mine = [cell for cell in cells if cell.task == task]
+        found = [(cell.rate, json.loads(cell.result.read_text())) for cell in mine if cell.result.exists()]
+        failed = [cell for cell in mine if cell.failure.exists()]
+        footer += [
+            f"failed: {c.task}, seed {c.seed}, lr {c.rate:g}: {c.failure.read_text().strip()[:200]}" for c in failed
+        ]
+        if found:
+            rows.append(summarise(task, str(config.model), found, len(failed)))
+        about = describe(mine[0], config, rows[-1].metric if found else None)
+        rows += [Row(**row) for row in about["rows"]]
+        rows += read_published(config.suite.benchmark, config.suite.protocol, task)
+        footer += [f"{task}: {line}" for line in about["leaks"]]
+    write_tables(folder, str(config.suite.name), rows, footer)
+    report(rows, footer, folder)
+    return EvaluateResult(folder, rows, footer)
+
+
+def grid(config: DictConfig, folder: Path) -> list[Cell]:
+    """Return the cells of the grid: every task, seed and learning rate.
+
+    Raises:
+        ValueError: there is no task, seed or rate, or an unknown task is asked for.
+    """
+    unknown = sorted(set(config.only or ()) - set(config.suite.tasks))
+    if unknown:
+        raise ValueError(
+            f"{config.suite.name} has no task {', '.join(unknown)}; it has: {', '.join(config.suite.tasks)}."
+        )
+    seeds, rates = list(config.seeds or config.suite.seeds), list(config.rates or config.suite.rates)
+    cells: list[Cell] = []
+    for task in [t for t in config.suite.tasks if not config.only or t in config.only]:
+        for rate in rates:
+            for seed in seeds:
+                own = folder / "cells" / task / f"lr{rate:g}_seed{seed}"
+                overrides = [
+                    "experiment=finetune",
+                    f"model={config.model}",
+                    *config.suite.common,
+                    *config.suite.tasks[task],
+                    f"protocol={config.suite.protocol}",
+                    f"seed={seed}",
+                    f"optim.lr={rate}",
+                    f"output='{own}'",
+                    "name=run",
+                    "quiet=true",
+                    *([f"model.pretrained='{config.pretrained}'"] if config.pretrained else []),
+                    *config.overrides,
+                ]
+                cells.append(
+                    Cell(task=task, seed=seed, rate=rate, overrides=tuple(map(str, overrides)), folder=str(own))
+                )
+    if not cells:
+        raise ValueError("The grid is empty: give at least one task, seed and rate.")
+    return cells
+
+
+def run_cell(cell: Cell) -> None:
+    """Train one cell and leave its result.json; its checkpoints are deleted."""
+    from genossm.finetune import run
+    from genossm.train import compose as compose_train
+
+    shutil.rmtree(Path(cell.folder) / "run", ignore_errors=True)
+    result = run(compose_train(list(cell.overrides)))
+    text = (result.folder / "result.json").read_text()
+    shutil.rmtree(result.folder / "checkpoints", ignore_errors=True)
+    write_atomically(cell.result, lambda path: path.write_text(text))
+
+
+def launch(cells: Sequence[Cell], jobs: int = 1, work: Callable[[Cell], None] = run_cell) -> None:
+    """Run cells on this host, `jobs` at a time, each job in a process of its own.
+
+    A process that is killed takes one cell with it: that cell is tried once more, then marked failed, and the rest goes
+    on. One job runs in this process; killed, the same command goes on where it was. A user's mistake (ValueError and
+    its like) in the first try is not tried again.
+
+    Raises:
+        ValueError: `jobs` is below 1.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1; got {jobs}.")
+    if jobs == 1:
+        for cell in cells:
+            _try(cell, lambda cell=cell: work(cell))
+        return
+    left: queue.SimpleQueue[Cell] = queue.SimpleQueue()
+    for cell in cells:
+        left.put(cell)
+
+    def serve() -> None:
+        pool: ProcessPoolExecutor | None = None
+
+        def in_process(cell: Cell) -> None:
+            nonlocal pool
+            pool = pool or ProcessPoolExecutor(1, get_context("spawn"))
+            try:
+                pool.submit(work, cell).result()
+            except RuntimeError:
+                # A pool whose process was killed is spent (BrokenProcessPool); the next try starts another.
+                pool.shutdown(wait=False)
+                pool = None
+                raise
+
+        while True:
+            try:
+                cell = left.get_nowait()
+            except queue.Empty:
+                break
+            _try(cell, lambda cell=cell: in_process(cell))
+        if pool is not None:
+            pool.shutdown()
+
+    threads = [threading.Thread(target=serve) for _ in range(min(jobs, len(cells)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _try(cell: Cell, work: Callable[[], None]) -> None:
+    reason = ""
+    for number in range(TRIES):
+        error = _error_of(work)
+        if error is None:
+            return
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%s, seed %d: try %d failed: %s", cell.task, cell.seed, number + 1, reason)
+        if isinstance(error, ValueError | KeyError | OSError):
+            break
+    write_atomically(cell.failure, lambda path: path.write_text(reason + "\n"))
+
+
+def _error_of(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
+
+
+def launch_slurm(cells: Sequence[Cell], folder: Path, config: DictConfig) -> None:
+    """Run each cell as a job of a cluster, through submitit; failed ones are submitted once more.
+
+    Raises:
+        ValueError: submitit is not installed.
+    """
+    from genossm.ops.backend import installed
+
+    if not installed("submitit"):
+        raise ValueError("launcher=slurm needs submitit: pip install 'genossm[sweep]'.")
+    import submitit
+
+    options: dict[str, Any] = OmegaConf.to_container(config.slurm, resolve=True)  # type: ignore[assignment]
+    executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=options.pop("cluster"))
+    executor.update_parameters(**options)
+    jobs = [(cell, executor.submit(run_cell, cell)) for cell in cells]
+    for cell, job in jobs:
+        tries = iter([job.result])
+        _try(cell, lambda cell=cell, tries=tries: next(tries, lambda: executor.submit(run_cell, cell).result())())
+
+
+def describe(cell: Cell, config: DictConfig, metric: str | None) -> dict[str, Any]:
+    """Return the baselines and leaks of a task, from the file where they are kept or measured now."""
+    path = Path(cell.folder).parent / f"about_{config.baselines}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    from hydra.utils import instantiate
+
+    from genossm.data.leakage import find_leaks
+    from genossm.data.protocols import divide
+    from genossm.train import compose as compose_train
+
+    own = compose_train(list(cell.overrides))
+    data = instantiate(own.data, _convert_="all").load()
+    splits, _ = divide(data, own.protocol, cell.seed, **OmegaConf.to_container(own.holdout))  # type: ignore[arg-type]
+    about: dict[str, Any] = {"leaks": [str(leak) for leak in find_leaks(splits["train"], splits["test"], data.target)]}
+    about["rows"] = _probe(own, data.target, splits, config, cell.task, metric)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(about, indent=1) + "\n"))
+    return about
+
+
+def _probe(
+    own: DictConfig, target: Any, splits: dict[str, Any], config: DictConfig, task: str, metric: str | None
+) -> list[dict[str, Any]]:
+    if config.baselines == "none" or metric is None or target.kind not in ("binary", "multiclass", "regression"):
+        return []
+    from genossm.probe import probe_kmers, probe_layers
+    from genossm.train import build_model
+
+    probes = probe_kmers(splits["train"], splits["test"], target)
+    if config.baselines == "layers":
+        probes += probe_layers(build_model(own.model), splits["train"], splits["test"], target)
+    return [
+        {
+            "task": task,
+            "model": f"{p.features}, {p.method}",
+            "metric": metric,
+            "mean": p.metrics[metric],
+            "source": "probe",
+        }
+        for p in probes
+    ]
+
+
+def report(rows: Sequence[Row], footer: Sequence[str], folder: Path) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table()
+    for name in ("task", "model", "metric", "mean ± sd", "min to max", "runs", "source"):
+        shown.add_column(name)
+    for row in rows:
+        shown.add_row(*row.cells())
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(shown)
+    for line in footer:
+        console.print(line)
+    console.print(str(folder))
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """Return the checked config of `genossm evaluate OVERRIDES`."""
+    return compose_verb("evaluate", overrides)
+
+
+def main() -> None:
+    """Run `evaluate` on the overrides of the command line."""
+    launch_verb("evaluate", evaluate)
