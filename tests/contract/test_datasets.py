@@ -38,7 +38,9 @@ def dataset(request, tmp_path):
 def test_has_three_splits_with_no_example_in_common(dataset):
     splits = dataset.load().splits
     assert set(splits) == set(SPLITS)
-    assert all(splits.values()), "tiny fills every split"
+    # A validation split that was not published is made by the protocol of a run, out of train.
+    assert splits["train"]
+    assert splits["test"]
     for one, other in itertools.combinations(splits.values(), 2):
         assert not {(e.sequence, e.name) for e in one} & {(e.sequence, e.name) for e in other}
         assert first_overlap(*([e.interval for e in rows if e.interval] for rows in (one, other))) is None
