@@ -20,6 +20,8 @@ FLAG_VERBS: dict[str, str] = {
     "ism": "all substitutions of a region:  genossm ism --model M --bed B --genome G.fa --out ism.parquet",
     "generate": "prompts to sequences:  genossm generate --model M --prompt ACGT --n 10 --length 1000 --out new.fa",
     "plot": "figures of the tables that the other verbs write:  genossm plot --table T --out figure.png",
+    "convert": "published checkpoints to ours and back, and to transformers:  genossm convert SOURCE FOLDER --to hf",
+    "doctor": "check a checkpoint, or describe the install:  genossm doctor MODEL",
     "bench": "time and memory of ops, training and the data path:  genossm bench ops",
 }
 """Verbs whose flags typer derives from the function of the same name in the module of the same name."""

@@ -81,7 +81,7 @@ class EsmLayout(Layout):
             layer_norm_eps=float(config.take("layer_norm_eps", 1e-12)),
             residual_dropout=float(config.take("hidden_dropout_prob", 0.1)),
             attention_dropout=float(config.take("attention_probs_dropout_prob", 0.1)),
-            head=has_head,
+            with_lm_head=has_head,
             tie_embeddings=has_head and bool(config.take("tie_word_embeddings", True)),
         )
         config.ignore("tie_word_embeddings")
@@ -98,7 +98,7 @@ class EsmLayout(Layout):
 
     def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
         config = backbone.config
-        architecture = "EsmForMaskedLM" if config.head else "EsmModel"
+        architecture = "EsmForMaskedLM" if config.with_lm_head else "EsmModel"
         if head is not None:
             architecture = f"EsmFor{'Token' if head.pooling == 'none' else 'Sequence'}Classification"
         labels = {} if head is None else {"id2label": {str(i): f"LABEL_{i}" for i in range(head.n_outputs)}}

@@ -57,7 +57,7 @@ class NucleotideTransformerConfig(BackboneConfig):
     """Dropout of the embeddings and of what each mixer and network adds."""
     attention_dropout: float = 0.0
     """Dropout of the attention weights."""
-    head: bool = True
+    with_lm_head: bool = True
     """Whether there is a language-model head."""
     tie_embeddings: bool = False
     """Whether the last layer of the head is the embedding."""
@@ -150,7 +150,7 @@ class NucleotideTransformer(Backbone):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.layers = nn.ModuleList(self._block(rotary) for _ in range(config.n_layer))
         self.norm_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.lm_head = MaskedHead(config) if config.head else None
+        self.lm_head = MaskedHead(config) if config.with_lm_head else None
         init_linear_(self, config.n_layer)
 
     def _block(self, rotary: Rotary | None) -> Block:
