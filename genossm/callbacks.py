@@ -4,6 +4,10 @@ import csv
 import errno
 import logging
 import math
+import os
+import pickle
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,16 @@ from genossm.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_BETWEEN_WRITES = 5.0
+
 
 class Checkpointing(Callback):
     """Saves `last.ckpt` (and the one before it as `previous.ckpt`) every so many steps, and `best.ckpt` by a metric.
 
     Files are written under another name and renamed when they are whole. What the run draws at random outside the
-    numbered batches (dropout) is saved with them, so that a resumed run repeats an uninterrupted one bit by bit.
+    numbered batches (dropout) is saved with them, so that a resumed run repeats an uninterrupted one bit by bit. Ctrl-C
+    and SIGTERM end the run after the step that they meet, with a checkpoint of it; under several processes the last
+    regular checkpoint is what stays.
 
     Args:
         folder: where the files go.
@@ -38,29 +46,57 @@ class Checkpointing(Callback):
             raise ValueError(f"save_every must be at least 1; got {every}.")
         self.folder, self.every, self.monitor, self.mode = folder, every, monitor, mode
         self.best: float | None = None
-        self.saved_step = -1
+        self.saved_step = self.seen_step = -1
+        self.signal: int | None = None
+        self.after_validation: bool | None = None
+        self._handlers: dict[int, Any] = {}
+        self._restored: dict[str, Any] | None = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # Between the batches of one accumulated gradient there is nothing that a checkpoint could hold.
+        whole, self.seen_step = trainer.global_step != self.seen_step, trainer.global_step
+        every = trainer.val_check_batch
+        if isinstance(every, int) and (batch_idx + 1) % every == 0:
+            # A run that goes on from here would not validate again, so the validation comes first.
+            self.after_validation = whole
+        else:
+            self._end_step(trainer, whole)
+
+    def _end_step(self, trainer: L.Trainer, whole: bool) -> None:
         step = trainer.global_step
-        ended = step == trainer.max_steps
-        if step != self.saved_step and step and (step % self.every == 0 or ended):
+        due = step % self.every == 0 or step == trainer.max_steps or self.signal is not None
+        if whole and due and step != self.saved_step:
             self.save(trainer)
+        if self.signal is not None:
+            logger.warning("stopped after step %d; resume=auto goes on from step %d", step, max(0, self.saved_step))
+            raise SystemExit(128 + self.signal)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`; the one before becomes `previous.ckpt`."""
-        self.saved_step = trainer.global_step
-        last, previous = self.folder / "last.ckpt", self.folder / "previous.ckpt"
-        new = self.folder / ".new.ckpt"
+        """Write `last.ckpt`; the one before becomes `previous.ckpt`.
+
+        Raises:
+            ValueError: a weight is no finite number; the checkpoint before stays.
+            OSError: the disk is full; the checkpoint before stays.
+        """
+        refuse_non_finite(trainer)
+        for table in trainer.loggers:
+            if isinstance(table, MetricsTable):
+                table.write_up_to(trainer)
+        last, new = self.folder / "last.ckpt", self.folder / ".new.ckpt"
         self._write(trainer, new)
         if trainer.is_global_zero:
             if last.exists():
-                last.replace(previous)
+                last.replace(self.folder / "previous.ckpt")
             new.replace(last)
         trainer.strategy.barrier("checkpoint")
+        self.saved_step = trainer.global_step
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.after_validation is not None:
+            whole, self.after_validation = self.after_validation, None
+            self._end_step(trainer, whole)
         if self.monitor is None or trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
@@ -70,26 +106,31 @@ class Checkpointing(Callback):
             self._write(trainer, self.folder / "best.ckpt")
 
     def _write(self, trainer: L.Trainer, path: Path) -> None:
-        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        if not trainer.is_global_zero:
-            return
+        temporary = path.with_name(f".{path.name}.part")
         try:
-            write_atomically(path, lambda temporary: torch.save(state, temporary))
-        except (OSError, RuntimeError) as error:
-            full = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                with temporary.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                temporary.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise OSError(
                 errno.ENOSPC,
-                f"{path} could not be written, the disk is full ({error}). The checkpoint before it is whole: free"
-                " some space and start again with resume=auto.",
+                f"The checkpoint of step {trainer.global_step} could not be written to {self.folder}:"
+                f" {error.strerror}. The one before it is whole: free some space and start again with"
+                " resume=auto.",
             ) from None
+        finally:
+            if trainer.is_global_zero:
+                temporary.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the random generators and the best value so far."""
         state: dict[str, Any] = {"best": self.best, "torch": torch.get_rng_state()}
         if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
+            state["cuda"] = torch.cuda.get_rng_state()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -98,25 +139,82 @@ class Checkpointing(Callback):
         self._restored = state_dict
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        restored = self.__dict__.pop("_restored", None)
+        self.saved_step = self.seen_step = trainer.global_step
+        restored, self._restored = self._restored, None
         if restored is not None:
+            # All processes are seeded alike, so the state of the first is that of each.
             torch.set_rng_state(restored["torch"])
             if torch.cuda.is_available() and "cuda" in restored:
-                torch.cuda.set_rng_state_all(restored["cuda"])
+                torch.cuda.set_rng_state(restored["cuda"])
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _asked(self, number: int, frame: Any) -> None:
+        # The second time the signal does what it did before.
+        self._give_back()
+        self.signal = number
+
+    def _give_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._give_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._give_back()
+
+
+_MEND_NAN = (
+    "The last good checkpoint is kept. Lower optim.lr, lengthen optim.warmup or lower trainer.gradient_clip_val, then"
+    " start again with resume=auto."
+)
+
+
+def refuse_non_finite(trainer: L.Trainer) -> None:
+    """Refuse to save weights that a step has made useless.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    finite = [torch.isfinite(getattr(p, "_local_tensor", p)).all() for p in trainer.lightning_module.parameters()]
+    if finite and not bool(torch.stack(finite).all()):
+        raise ValueError(f"After step {trainer.global_step} a weight is no finite number. {_MEND_NAN}")
 
 
 class StopAtNaN(Callback):
-    """Stops the run when a loss is no finite number, before it can reach a checkpoint; names the batch."""
+    """Stops the run when a loss is no finite number, before it can reach a checkpoint; names the batch.
+
+    On a GPU the losses of `every` batches are looked at together, since each look waits for the device.
+    """
+
+    def __init__(self, every: int = 10):
+        self.every = every
+        self.losses: list[tuple[int, torch.Tensor]] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None and not bool(torch.isfinite(loss)):
-            raise ValueError(
-                f"The loss of batch {batch_idx} (step {trainer.global_step}) is {float(loss)}. The last good checkpoint"
-                " is kept. Lower optim.lr, lengthen optim.warmup or lower trainer.gradient_clip_val, then resume=auto."
-            )
+        if loss is None:
+            return
+        self.losses.append((batch_idx, loss.detach()))
+        if loss.device.type == "cpu" or len(self.losses) >= self.every:
+            self.look()
+
+    def look(self) -> None:
+        """Raise at the first loss since the last look that is no finite number.
+
+        Raises:
+            ValueError: there is one.
+        """
+        values = torch.stack([loss for _, loss in self.losses]).tolist()
+        numbers = [number for number, _ in self.losses]
+        self.losses.clear()
+        for number, value in zip(numbers, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"The loss of batch {number} (counted from 0) is {value}. {_MEND_NAN}")
 
 
 class MetricsTable(Logger):
@@ -129,7 +227,7 @@ class MetricsTable(Logger):
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        self.columns: list[str] = ["step"]
+        self.written = 0.0
         self.rows: dict[int, dict[str, float]] = {}
         if path.exists():
             with path.open(newline="") as handle:
@@ -159,6 +257,22 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        # Lightning calls this at every logged step; the whole file is written at every checkpoint and now and then.
+        if time.monotonic() - self.written > _SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    @rank_zero_only
+    def write_up_to(self, trainer: L.Trainer) -> None:
+        """Write the table with the row of the step that has just ended, which Lightning logs only after the hooks."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            ended = {name: float(v) for name, v in trainer.logged_metrics.items() if name.startswith("train/")}
+            self.log_metrics(ended, trainer.global_step - 1)
+        self.write()
+
+    @rank_zero_only
+    def write(self) -> None:
+        """Write the whole table."""
+        self.written = time.monotonic()
         columns = ["step", *sorted({name for row in self.rows.values() for name in row})]
 
         def write(temporary: Path) -> None:
@@ -171,7 +285,7 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        self.write()
 
 
 class Progress(Callback):
@@ -250,22 +364,29 @@ class Progress(Callback):
 
 
 def last_good(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a folder that can be read; a damaged one is reported and passed over."""
+    """Return the newest checkpoint of a folder, or None where there is none; a damaged one is reported and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    damaged: list[str] = []
     for name in ("last.ckpt", "previous.ckpt"):
         path = folder / name
         if not path.exists():
             continue
         try:
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            logger.warning("%s can't be read (%s); falling back to the checkpoint before it", path, str(error)[:80])
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            logger.warning("%s can't be read (%s); falling back to the one before it", path, str(error)[:80])
+            damaged.append(name)
             continue
         return path
+    if damaged:
+        raise ValueError(f"No checkpoint in {folder} can be read ({', '.join(damaged)}); start without resume.")
     return None
 
 
 def clear_leftovers(folder: Path) -> None:
     """Delete what a killed run left half-written."""
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
-    (folder / ".new.ckpt").unlink(missing_ok=True)
+    for left in (*folder.glob(".*.part"), *folder.glob(".new.ckpt")):
+        left.unlink(missing_ok=True)

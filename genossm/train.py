@@ -80,22 +80,18 @@ def train(config: DictConfig) -> TrainResult:
     model.gradient_checkpointing = bool(config.gradient_checkpointing)
     if config.compile:
         model.compile()
-    start = None
-    if resumed:
-        callbacks.clear_leftovers(saver.folder)
-        start = callbacks.last_good(saver.folder)
-        logger.info("resuming %s", start or "from the beginning: no checkpoint was written yet")
+    start = resume_from(config, folder, trainer.is_global_zero) if resumed else None
     if trainer.is_global_zero:
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    if start is not None:
-        table.forget_from(step_of(start))
+    table.forget_from(step_of(start) if start is not None else 0)
     trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
     metrics = trainer.validate(task, datamodule=data, verbose=False)[0]
     if data.splits["test"]:
         metrics |= trainer.test(task, datamodule=data, verbose=False)[0]
     metrics["seconds"] = time.monotonic() - began
+    model = whole(model)
     if trainer.is_global_zero:
-        table.save()
+        table.write()
         notes = {"metrics": metrics, "data": OmegaConf.to_container(config.data, resolve=True)}
         checkpoint.save(model, folder / "model", notes)
         report(task, data, metrics, table, folder)
@@ -125,6 +121,24 @@ def run_folder(config: DictConfig) -> tuple[Path, bool]:
     handed = os.environ.get(_RUN_FOLDER)
     if handed and int(os.environ.get("LOCAL_RANK", "0")):
         return Path(handed), config.resume is not None
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _agreed_folder(config)
+    return _choose_folder(config)
+
+
+def _agreed_folder(config: DictConfig) -> tuple[Path, bool]:
+    """Return what the first of several processes that torchrun started has chosen."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    box: list[Any] = [_choose_folder(config) if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def _choose_folder(config: DictConfig) -> tuple[Path, bool]:
     root = Path(config.output) / str(config.name)
     folder = None
     if config.resume == "auto":
@@ -146,6 +160,42 @@ def run_folder(config: DictConfig) -> tuple[Path, bool]:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     os.environ[_RUN_FOLDER] = str(folder.resolve())
     return folder, resumed
+
+
+def resume_from(config: DictConfig, folder: Path, first_process: bool) -> Path | None:
+    """Return the checkpoint of a run to go on from, or None where none was written yet.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    from genossm import callbacks
+
+    if first_process:
+        callbacks.clear_leftovers(folder / "checkpoints")
+        began: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))  # type: ignore[assignment]
+        now: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        changed = [key for key in {**began, **now} if key != "resume" and began.get(key) != now.get(key)]
+        if changed:
+            logger.warning("%s began with another %s than it goes on with", folder, ", ".join(changed))
+    start = callbacks.last_good(folder / "checkpoints")
+    if first_process:
+        logger.info("resuming %s", start or f"{folder} from the beginning: no checkpoint was written yet")
+    return start
+
+
+def whole(model: Any) -> Any:
+    """Return a backbone whose weights are all in this process, where training shared them out among several."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        return model
+    shared: Any = model
+    weights = get_model_state_dict(shared, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    gathered = shared.config.build()
+    if weights:  # Other processes than the first get nothing.
+        gathered.load_state_dict(weights)
+    return gathered.eval()
 
 
 def build_model(values: DictConfig) -> Any:
@@ -186,11 +236,18 @@ def build_trainer(values: dict[str, Any], loggers: list[Any], callbacks: list[An
     """
     import lightning as L
     import torch
+    from hydra.utils import instantiate
 
     for name in ("max_steps", "accumulate_grad_batches", "log_every_n_steps"):
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"trainer.{name} must be at least 1; got {values[name]}.")
     values = {name: value for name, value in values.items() if name != "_target_"}
+    if isinstance(values["strategy"], dict):
+        processes = values["devices"] if isinstance(values["devices"], int) else max(1, torch.cuda.device_count())
+        values["strategy"] = instantiate(values["strategy"], data_parallel_size=processes * values.get("num_nodes", 1))
+    if isinstance(values["val_check_interval"], int) and values["max_steps"] is not None:
+        batches = values["max_steps"] * values["accumulate_grad_batches"]
+        values["val_check_interval"] = min(values["val_check_interval"], batches)
     gpu = torch.cuda.is_available() and values["accelerator"] in ("auto", "gpu", "cuda")
     if values["precision"] == "auto":
         values["precision"] = "bf16-mixed" if gpu else "32-true"

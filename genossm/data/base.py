@@ -1,11 +1,13 @@
 """What every data set promises: batches that are a pure function of their number, and a loader that can resume."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import NotRequired
@@ -64,7 +66,16 @@ class RunLoader(DataLoader[Batch]):
     def __init__(self, batches: NumberedBatches, count: int, num_workers: int = 0, pin_memory: bool = False):
         self.numbers = BatchNumbers(count)
         self.next = 0
-        super().__init__(batches, batch_size=None, sampler=self.numbers, num_workers=num_workers, pin_memory=pin_memory)
+        super().__init__(
+            batches,
+            batch_size=None,
+            sampler=self.numbers,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            # Workers are seeded from it; without one of its own, each pass would draw from torch's global generator,
+            # and a resumed run would drop out other values than an uninterrupted one.
+            generator=torch.Generator(),
+        )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # Counted as they are handed out, not as workers prepare them.
@@ -93,5 +104,10 @@ def shuffled_rows(rows: int, batch_size: int, number: int, seed: int) -> npt.NDA
     """
     per_pass = max(1, rows // batch_size)
     this_pass, within = divmod(number, per_pass)
-    order = np.random.default_rng([seed, this_pass]).permutation(rows)
+    order = _order(rows, this_pass, seed)
     return order[within * batch_size : (within + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(rows: int, this_pass: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, this_pass]).permutation(rows)

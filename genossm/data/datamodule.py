@@ -6,11 +6,19 @@ from importlib import resources
 from pathlib import Path
 
 import lightning as L
-import numpy as np
+import torch
 
 from genossm.data.base import Batch, NumberedBatches, RunLoader
-from genossm.data.transforms import NextToken, Objective
-from genossm.data.windows import SPLIT_POLICIES, Splits, WindowBatches, fit_windows, read_splits, split_genome
+from genossm.data.transforms import IGNORED, NextToken, Objective
+from genossm.data.windows import (
+    SAMPLINGS,
+    SPLIT_POLICIES,
+    Splits,
+    WindowBatches,
+    fit_windows,
+    read_splits,
+    split_genome,
+)
 from genossm.dna.genome import Genome
 from genossm.dna.interval import Interval
 from genossm.dna.tokenizer import CharTokenizer
@@ -56,14 +64,23 @@ class _TrainBatches(NumberedBatches):
 
 
 class _EvalBatches(NumberedBatches):
-    def __init__(self, windows: WindowBatches, tiles: Sequence[Interval], batch_size: int):
-        self.windows, self.tiles, self.batch_size = windows, list(tiles), batch_size
+    """One process's share of the fixed windows: every process has as many batches, the last of them may not count."""
+
+    def __init__(self, windows: WindowBatches, tiles: Sequence[Interval], batch_size: int, rank: int, world: int):
+        self.windows, self.batch_size = windows, batch_size
+        self.own = [tiles[i] for i in range(rank, len(tiles), world)]
+        self.count = -(-len(range(0, len(tiles), world)) // batch_size)
+        self.spare = tiles[0]
 
     def __len__(self) -> int:
-        return -(-len(self.tiles) // self.batch_size)
+        return self.count
 
     def __getitem__(self, index: int) -> Batch:
-        return self.windows.tiled(self.tiles[index * self.batch_size : (index + 1) * self.batch_size], index)
+        tiles = self.own[index * self.batch_size : (index + 1) * self.batch_size]
+        batch = self.windows.tiled(tiles or [self.spare])
+        if not tiles:
+            batch["targets"] = torch.full_like(batch["targets"], IGNORED)
+        return batch
 
 
 class GenomeWindows(L.LightningDataModule):
@@ -79,6 +96,9 @@ class GenomeWindows(L.LightningDataModule):
         val, test: shares held out then.
         reverse_complement: draw each training window's strand.
         max_n: largest share of N in a training window.
+        sampling: "random" windows, "tile" (side by side, all of them once a pass) or "hyenadna_legacy" (the first
+            window of each interval alone, which is 1 % of the genome at 1,024 tokens).
+        shift: tiles are moved by up to so many bases, within their interval.
         soft_mask_weight: loss weight of soft-masked (lower-case) bases.
         lower_case: how the tokenizer reads soft-masked letters: "upper" or "unknown".
         eval_windows: at most so many held-out windows, evenly chosen; None takes all.
@@ -104,6 +124,8 @@ class GenomeWindows(L.LightningDataModule):
         test: float = 0.05,
         reverse_complement: bool = True,
         max_n: float = 0.5,
+        sampling: str = "random",
+        shift: int = 0,
         soft_mask_weight: float = 1.0,
         lower_case: str = "upper",
         eval_windows: int | None = None,
@@ -121,6 +143,8 @@ class GenomeWindows(L.LightningDataModule):
                 raise ValueError(f"data.{name} must be at least 1; got {value}.")
         if split not in SPLIT_POLICIES:
             raise ValueError(f"data.split must be one of {', '.join(SPLIT_POLICIES)}; got {split!r}.")
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"data.sampling must be one of {', '.join(SAMPLINGS)}; got {sampling!r}.")
         if soft_mask_weight < 0:
             raise ValueError(f"data.soft_mask_weight must be at least 0; got {soft_mask_weight}.")
         if min(val, test) < 0 or val + test >= 1:
@@ -141,6 +165,8 @@ class GenomeWindows(L.LightningDataModule):
             "reverse_complement": reverse_complement,
             "max_n": max_n,
             "soft_mask_weight": soft_mask_weight,
+            "sampling": sampling,
+            "shift": shift,
         }
         self.genome: Genome
         self.splits: Splits
@@ -166,7 +192,7 @@ class GenomeWindows(L.LightningDataModule):
             splits = read_splits(genome, bed, self.split, *self.shares)
         span = self.length + isinstance(self.options["objective"], NextToken)
         longest = max([span, *(stage.length + 1 for stage in self.warmup)])
-        fitted = fit_windows(splits, longest, genome)
+        fitted = fit_windows(splits, longest, genome, join=self.options["sampling"] != "hyenadna_legacy")
         for name in ("train", "val"):
             if not fitted[name]:
                 raise ValueError(f"The {name} split is empty; give more intervals or larger shares.")
@@ -195,8 +221,7 @@ class GenomeWindows(L.LightningDataModule):
         windows = self.windows(split)
         rank, world = self._place()
         tiles = windows.tiles(self.length, self.eval_windows)
-        own = [tiles[i] for i in np.arange(rank, len(tiles), world)] or tiles[:1]
-        batches = _EvalBatches(windows, own, self.eval_batch_size)
+        batches = _EvalBatches(windows, tiles, self.eval_batch_size, rank, world)
         return RunLoader(batches, len(batches), pin_memory=self._pin())
 
     def _place(self) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Windows of a genome for pretraining: which bases belong to which split, and which window is number i."""
 
 import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from genossm.data.base import SPLITS, Batch
+from genossm.data.base import SPLITS, Batch, shuffled_rows
 from genossm.data.transforms import NextToken, Objective, soft_mask_weights
 from genossm.dna import alphabet
 from genossm.dna.alphabet import Bytes
@@ -20,8 +21,9 @@ from genossm.dna.tokenizer import CharTokenizer
 logger = logging.getLogger(__name__)
 
 SPLIT_POLICIES = ("auto", "contigs", "blocks")
-_RETRIES = 16
-"""Draws of another window where one holds more N than `max_n` allows, before the last is taken as it is."""
+SAMPLINGS = ("random", "tile", "hyenadna_legacy")
+_RETRIES = 64
+"""Draws of another window where one holds more N than `max_n` allows."""
 
 Splits = dict[str, list[Interval]]
 
@@ -141,13 +143,14 @@ def read_splits(genome: Genome, bed: str | Path, policy: str = "auto", val: floa
         )
     if plain:
         splits = split_genome(genome, policy, val, test, plain)
-    return {name: merge(intervals) for name, intervals in splits.items()}
+    return splits
 
 
-def fit_windows(splits: Splits, length: int, genome: Genome) -> Splits:
+def fit_windows(splits: Splits, length: int, genome: Genome, join: bool = True) -> Splits:
     """Make every interval long enough for a window, without reaching into another split.
 
-    Intervals shorter than `length` are widened about their middle, as HyenaDNA does; longer ones stay.
+    Intervals shorter than `length` are widened about their middle, as HyenaDNA does; longer ones stay. Those that
+    overlap or touch are joined, unless `join` is off: windows then begin where the intervals do.
 
     Raises:
         ValueError: no contig is long enough, or a widened interval meets another split; it names both.
@@ -169,7 +172,7 @@ def fit_windows(splits: Splits, length: int, genome: Genome) -> Splits:
                 start = min(max(0, (interval.start + interval.end - length) // 2), size - length)
                 interval = Interval(interval.chrom, start, start + length)
             wide.append(interval)
-        fitted[name] = merge(wide)
+        fitted[name] = merge(wide) if join else sorted(set(wide))
         if intervals and not wide:
             raise ValueError(
                 f"No contig of the {name} split is as long as a window of {length} bp; shorten length or take another"
@@ -198,6 +201,10 @@ class WindowBatches:
         reverse_complement: draw each window's strand.
         max_n: largest share of N in a training window; windows above are drawn again.
         soft_mask_weight: loss weight of soft-masked bases.
+        sampling: "random" draws positions uniformly from all of the intervals; "tile" takes windows side by side, each
+            once a pass, every pass in another order; "hyenadna_legacy" takes the first window of each interval alone,
+            as the published loader does.
+        shift: tiles are moved by up to so many bases, within their interval.
     """
 
     genome: Genome
@@ -208,10 +215,16 @@ class WindowBatches:
     reverse_complement: bool = True
     max_n: float = 0.5
     soft_mask_weight: float = 1.0
+    sampling: str = "random"
+    shift: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.max_n <= 1:
-            raise ValueError(f"max_n must be in (0, 1]; got {self.max_n}.")
+            raise ValueError(f"data.max_n must be in (0, 1]; got {self.max_n}.")
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"data.sampling must be one of {', '.join(SAMPLINGS)}; got {self.sampling!r}.")
+        if self.shift < 0:
+            raise ValueError(f"data.shift must be at least 0; got {self.shift}.")
         if not self.intervals:
             raise ValueError("There is no interval to draw windows from.")
 
@@ -220,31 +233,54 @@ class WindowBatches:
         return length + isinstance(self.objective, NextToken)
 
     def drawn(self, number: int, rows: range, of: int, length: int) -> Batch:
-        """Return some rows of random batch `number`, which has `of` rows: uniform over all positions of all intervals.
+        """Return some rows of training batch `number`, which has `of` rows; see `sampling`.
 
-        Windows with more N than `max_n` are drawn again.
+        A row is a pure function of (seed, number, its place in the batch), however the rows are dealt out.
+
+        Raises:
+            ValueError: no window with at most `max_n` N is found.
         """
         span = self.span(length)
         room = np.maximum(lengths(self.intervals) - span + 1, 0)
         ends = np.cumsum(room)
         rng = np.random.default_rng([self.seed, number])
         places, flips = rng.integers(ends[-1], size=of), rng.random(of) < 0.5
+        if self.sampling != "random":
+            places = self._tiled_places(number, of, length, rng, ends - room)
         codes_BL = np.empty((len(rows), span), np.uint8)
         for index, row in enumerate(rows):
             codes = self._window(int(places[row]), ends, room, span)
-            for attempt in range(_RETRIES):
-                if self.max_n >= 1 or np.count_nonzero((codes & 0x7F) == alphabet.N) <= self.max_n * span:
-                    break
+            attempt = 0
+            while self.max_n < 1 and np.count_nonzero((codes & 0x7F) == alphabet.N) > self.max_n * span:
+                if attempt == _RETRIES:
+                    raise ValueError(
+                        f"{_RETRIES} windows of {span} bp in a row held more than {self.max_n:.0%} N; give intervals"
+                        " with fewer N, or raise data.max_n."
+                    )
                 again = np.random.default_rng([self.seed, number, row, attempt]).integers(ends[-1])
-                codes = self._window(int(again), ends, room, span)
+                codes, attempt = self._window(int(again), ends, room, span), attempt + 1
             flip = self.reverse_complement and flips[row]
             codes_BL[index] = alphabet.reverse_complement(codes) if flip else codes
-        return self._batch(codes_BL, np.random.default_rng([self.seed, number, rows.start, 1]))
+        return self._batch(codes_BL, [[self.seed, number, row, _RETRIES] for row in rows])
 
     def _window(self, place: int, ends: npt.NDArray[np.int64], room: npt.NDArray[np.int64], span: int) -> Bytes:
         which = int(np.searchsorted(ends, place, side="right"))
         start = self.intervals[which].start + place - int(ends[which] - room[which])
         return self.genome.codes(self.intervals[which].chrom)[start : start + span]
+
+    def _tiled_places(
+        self, number: int, of: int, length: int, rng: np.random.Generator, begins: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Return where each row's window begins, counted over the room of all intervals."""
+        span = self.span(length)
+        step = length if self.sampling == "tile" else max(map(len, self.intervals))
+        counts = np.maximum((lengths(self.intervals) - span) // step + 1, 0)
+        last = np.cumsum(counts)
+        tiles = np.resize(shuffled_rows(int(last[-1]), of, number, self.seed), of)
+        which = np.searchsorted(last, tiles, side="right")
+        offsets = (tiles - (last - counts)[which]) * step
+        offsets += rng.integers(-self.shift, self.shift + 1, of)
+        return begins[which] + np.clip(offsets, 0, lengths(self.intervals)[which] - span)
 
     def tiles(self, length: int, limit: int | None = None) -> list[Interval]:
         """Return windows that lie side by side and cover the intervals, at most `limit`, evenly chosen."""
@@ -260,13 +296,19 @@ class WindowBatches:
             raise ValueError(f"No interval of the split is as long as a window of {span} bp.")
         return tiles
 
-    def tiled(self, tiles: Sequence[Interval], number: int) -> Batch:
-        """Return the batch of fixed windows; masks are drawn from (seed, number)."""
+    def tiled(self, tiles: Sequence[Interval]) -> Batch:
+        """Return the batch of fixed windows; masks are drawn from (seed, the window's place)."""
         codes_BL = np.stack([self.genome.fetch(tile) for tile in tiles])
-        return self._batch(codes_BL, np.random.default_rng([self.seed, number, 2]))
+        return self._batch(codes_BL, [[self.seed, tile.start, zlib.crc32(tile.chrom.encode())] for tile in tiles])
 
-    def _batch(self, codes_BL: Bytes, rng: np.random.Generator) -> Batch:
-        inputs_BL, targets_BL = self.objective(self.tokenizer.from_codes(codes_BL), rng)
+    def _batch(self, codes_BL: Bytes, seeds: list[list[int]]) -> Batch:
+        ids_BL = self.tokenizer.from_codes(codes_BL)
+        if isinstance(self.objective, NextToken):
+            inputs_BL, targets_BL = self.objective(ids_BL, np.random.default_rng(0))
+        else:
+            # Each row has draws of its own, so that it does not matter which process has it.
+            rows = [self.objective(ids_BL[i : i + 1], np.random.default_rng(seed)) for i, seed in enumerate(seeds)]
+            inputs_BL, targets_BL = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         batch: Batch = {
             "ids_BL": torch.from_numpy(np.ascontiguousarray(inputs_BL)),
             "targets": torch.from_numpy(targets_BL),

@@ -31,6 +31,17 @@ class Task(L.LightningModule, ABC):
         self.optim = optim
         self.steps = steps
 
+    def configure_model(self) -> None:
+        """Share the weights out among the processes, block by block, under `trainer=fsdp`."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for part in (*self.model.layers, self.model):
+            if not isinstance(part, FSDPModule):
+                fully_shard(part, mesh=mesh)
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule, stepped once a step."""
         optimizer = self.optim.build(self)

@@ -1,0 +1,99 @@
+"""Runs trainings one after the other in processes that can be killed: `python runs.py '[[override, …], …]'`.
+
+One process imports everything and forks for each run, so that a killed run costs no second import. A run that names
+`processes=2` is forked twice with the variables that torchrun sets. Writes the exit status of each run.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+
+import lightning as L
+import numba  # noqa: F401
+import torch
+
+import genossm.callbacks
+import genossm.data.datamodule
+import genossm.train
+from genossm.cli import main
+
+
+class KillAt(L.Callback):
+    """Sends its own process a signal before a batch, by default one that leaves no chance to clean up."""
+
+    def __init__(self, batch: int, number: int = signal.SIGKILL, truncate: bool = False):
+        self.batch, self.number, self.truncate = batch, number, truncate
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            (saver,) = (c for c in trainer.callbacks if isinstance(c, genossm.callbacks.Checkpointing))
+            if self.truncate:
+                os.truncate(saver.folder / "last.ckpt", 1000)
+            os.kill(os.getpid(), self.number)
+
+
+class FullDisk(L.Callback):
+    """Lets no file grow beyond 4 kB from a batch on, as a full disk does."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+class PoisonAt(L.Callback):
+    """Makes a weight NaN before a batch."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            with torch.no_grad():
+                next(pl_module.parameters()).fill_(float("nan"))
+
+
+def forked(overrides: list[str], environment: dict[str, str]) -> int:
+    """Start a run in a fork and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(environment)
+    sys.argv = ["train.py", *overrides]
+    code = 1
+    try:
+        main(verb="train")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(overrides: list[str]) -> list[int]:
+    """Run one training, in as many processes as it names, and return their exit statuses."""
+    if "processes=2" not in overrides:
+        ids = [forked(overrides, {})]
+    else:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = str(found.getsockname()[1])
+        several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        kept = [override for override in overrides if override != "processes=2"]
+        ids = [forked(kept, several | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ids]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.stdout.write(json.dumps([run(overrides) for overrides in json.loads(sys.argv[1])]) + "\n")
