@@ -1,7 +1,8 @@
 """Runs trainings one after the other in processes that can be killed: `python runs.py '[[override, …], …]'`.
 
 One process imports everything and forks for each run, so that a killed run costs no second import. A run that names
-`processes=2` is forked twice with the variables that torchrun sets. Writes the exit status of each run.
+`processes=2` is forked twice with the variables that torchrun sets; one that begins with a folder runs in it and leaves
+stderr.txt there; `limit=N` lets no file grow beyond N bytes. Writes the exit status of each run.
 """
 
 import json
@@ -65,7 +66,15 @@ def forked(overrides: list[str], environment: dict[str, str]) -> int:
     if child:
         return child
     os.environ.update(environment)
-    sys.argv = ["train.py", *overrides]
+    if overrides and "=" not in overrides[0]:
+        os.chdir(overrides[0])
+        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
+        overrides = overrides[1:]
+    for override in overrides:
+        if override.startswith("limit="):
+            size = int(override.partition("=")[2])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    sys.argv = ["train.py", *(override for override in overrides if not override.startswith("limit="))]
     code = 1
     try:
         main(verb="train")

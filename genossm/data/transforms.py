@@ -58,9 +58,12 @@ class NextToken:
 
     def __call__(self, ids_BL: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
         """Return ids without the last and the targets of each."""
-        following_BL = ids_BL[:, 1:]
-        base_BL = (following_BL >= alphabet.A) & (following_BL <= alphabet.T)
-        return ids_BL[:, :-1], np.where(base_BL, following_BL, np.uint8(IGNORED))
+        following_BL = ids_BL[:, 1:].copy()
+        # Ids of bases are contiguous, so one subtraction that wraps around tells them from all others.
+        other_BL = (following_BL - np.uint8(alphabet.A)) > alphabet.T - alphabet.A
+        if other_BL.any():
+            following_BL[other_BL] = IGNORED
+        return ids_BL[:, :-1], following_BL
 
 
 Objective = MaskTokens | NextToken

@@ -17,6 +17,7 @@ from genossm.dna.alphabet import Bytes
 from genossm.dna.genome import Genome
 from genossm.dna.interval import SPLIT_NAMES, Interval, first_overlap, lengths, merge, read_bed
 from genossm.dna.tokenizer import CharTokenizer
+from genossm.errors import listed
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,9 @@ def read_splits(genome: Genome, bed: str | Path, policy: str = "auto", val: floa
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(missing.items())[:8])
         logger.warning("%s: %d contigs are not in the genome, left out: %s", bed, len(missing), shown)
     if not plain and not any(splits.values()):
+        named = "; ".join(f"{name}, {count} interval{'s' * (count > 1)}" for name, count in sorted(missing.items())[:8])
         raise ValueError(
-            f"None of the contigs of {bed} is in the genome, which has {', '.join(list(genome.contigs)[:8])}."
+            f"None of the contigs of {bed} ({named}) is in the genome, which has: {listed(genome.contigs, 8)}."
         )
     if plain:
         splits = split_genome(genome, policy, val, test, plain)
@@ -248,25 +250,53 @@ class WindowBatches:
         if self.sampling != "random":
             places = self._tiled_places(number, of, length, rng, ends - room)
         codes_BL = np.empty((len(rows), span), np.uint8)
-        for index, row in enumerate(rows):
-            codes = self._window(int(places[row]), ends, room, span)
-            attempt = 0
-            while self.max_n < 1 and np.count_nonzero((codes & 0x7F) == alphabet.N) > self.max_n * span:
-                if attempt == _RETRIES:
-                    raise ValueError(
-                        f"{_RETRIES} windows of {span} bp in a row held more than {self.max_n:.0%} N; give intervals"
-                        " with fewer N, or raise data.max_n."
-                    )
-                again = np.random.default_rng([self.seed, number, row, attempt]).integers(ends[-1])
-                codes, attempt = self._window(int(again), ends, room, span), attempt + 1
-            flip = self.reverse_complement and flips[row]
-            codes_BL[index] = alphabet.reverse_complement(codes) if flip else codes
+        self._copy(codes_BL, places[rows.start : rows.stop], ends, room)
+        if self.max_n < 1:
+            self._draw_again(codes_BL, number, rows, ends, room)
+        if self.reverse_complement:
+            for index in np.flatnonzero(flips[rows.start : rows.stop]):
+                codes_BL[index] = alphabet.reverse_complement(codes_BL[index])
         return self._batch(codes_BL, [[self.seed, number, row, _RETRIES] for row in rows])
 
-    def _window(self, place: int, ends: npt.NDArray[np.int64], room: npt.NDArray[np.int64], span: int) -> Bytes:
-        which = int(np.searchsorted(ends, place, side="right"))
-        start = self.intervals[which].start + place - int(ends[which] - room[which])
-        return self.genome.codes(self.intervals[which].chrom)[start : start + span]
+    def _copy(
+        self,
+        codes_BL: Bytes,
+        places_B: npt.NDArray[np.int64],
+        ends: npt.NDArray[np.int64],
+        room: npt.NDArray[np.int64],
+    ) -> None:
+        """Fill rows with the windows that begin at places counted over the room of all intervals."""
+        which_B = np.searchsorted(ends, places_B, side="right")
+        starts_B = places_B - (ends - room)[which_B]
+        for codes_L, which, start in zip(codes_BL, which_B.tolist(), starts_B.tolist(), strict=True):
+            interval = self.intervals[which]
+            first = interval.start + start
+            codes_L[:] = self.genome.codes(interval.chrom)[first : first + len(codes_L)]
+
+    def _draw_again(
+        self,
+        codes_BL: Bytes,
+        number: int,
+        rows: range,
+        ends: npt.NDArray[np.int64],
+        room: npt.NDArray[np.int64],
+    ) -> None:
+        """Replace windows with more N than `max_n`."""
+        span = codes_BL.shape[1]
+        is_n_BL = (codes_BL & np.uint8(0x7F)) == alphabet.N
+        if not is_n_BL.any():
+            return
+        for index in np.flatnonzero(is_n_BL.sum(1) > self.max_n * span):
+            for attempt in range(_RETRIES):
+                again = np.random.default_rng([self.seed, number, rows[int(index)], attempt]).integers(ends[-1], size=1)
+                self._copy(codes_BL[index : index + 1], again, ends, room)
+                if np.count_nonzero((codes_BL[index] & 0x7F) == alphabet.N) <= self.max_n * span:
+                    break
+            else:
+                raise ValueError(
+                    f"{_RETRIES} windows of {span} bp in a row held more than {self.max_n:.0%} N; give intervals with"
+                    " fewer N, or raise data.max_n."
+                )
 
     def _tiled_places(
         self, number: int, of: int, length: int, rng: np.random.Generator, begins: npt.NDArray[np.int64]

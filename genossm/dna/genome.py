@@ -191,10 +191,11 @@ def encode(path: str | Path, cache: str | Path | None = None) -> Path:
                 os.fsync(handle.fileno())
             temporary.replace(store)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OSError(
                     errno.ENOSPC,
-                    f"The disk that holds {store.parent} is full; {path} needs one byte a base there.",
+                    f"The encoded form of {path} could not be written to {store.parent}: {error.strerror}. It needs one"
+                    " byte a base; free some space, or set data.cache to a folder that has it.",
                 ) from None
             raise
         finally:
