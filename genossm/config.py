@@ -186,6 +186,13 @@ def check(config: DictConfig, name: str) -> None:
             raise ValueError(f"{key} must be {_WORDS[type(default)]}; got {value!r}.")
 
 
+def without_targets(values: Any) -> Any:
+    """Return plain values without the names of what they are passed to, as a note for readers."""
+    if isinstance(values, Mapping):
+        return {key: without_targets(value) for key, value in values.items() if key != "_target_"}
+    return [without_targets(value) for value in values] if isinstance(values, list) else values
+
+
 def _experiment_keys() -> set[str]:
     """Return the keys that only shipped experiments set: what some verbs read beyond the verb's own YAML."""
     files = (conf_folder() / "experiment").rglob("*.yaml")

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from genossm.config import compose as compose_verb
-from genossm.config import launch
+from genossm.config import launch, without_targets
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def train(config: DictConfig) -> TrainResult:
     model = whole(model)
     if trainer.is_global_zero:
         table.write()
-        notes = {"metrics": metrics, "data": OmegaConf.to_container(config.data, resolve=True)}
+        notes = {"metrics": metrics, "data": without_targets(OmegaConf.to_container(config.data, resolve=True))}
         checkpoint.save(model, folder / "model", notes)
         report(task, data, metrics, table, folder)
         (folder / "finished").touch()
