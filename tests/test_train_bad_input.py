@@ -50,7 +50,7 @@ CASES = {
     ),
     "sequence before a header": (
         lambda f: [f"data.fasta={fasta(f, text='ACGT' + chr(10) + '>a' + chr(10) + DNA).name}"],
-        "starts with 'ACGT",
+        "starts with b'ACGT",
     ),
     "a contig twice": (
         lambda f: [f"data.fasta={fasta(f, text=f'>a{chr(10)}{DNA}{chr(10)}>a{chr(10)}{DNA}').name}"],

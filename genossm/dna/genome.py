@@ -169,7 +169,7 @@ def encode(path: str | Path, cache: str | Path | None = None) -> Path:
         raise FileNotFoundError(f"There is no FASTA file {str(path)!r}.")
     stat = path.stat()
     for store in _store_paths(path, cache):
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             footer = _read_footer(store)
             if (footer.size, footer.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
                 return store
