@@ -3,6 +3,7 @@ import torch
 
 from genossm.models.base import lengths_of
 from genossm.models.caduceus import CaduceusConfig
+from genossm.nn import mamba
 from genossm.nn.rc import CHAR_COMPLEMENT, complement_tensor, reverse_complement
 
 
@@ -63,14 +64,14 @@ def test_the_conventions_differ():
     assert not torch.allclose(models[0](ids), models[1](ids), atol=1e-3)
 
 
-def test_tied_projections_run_once():
-    calls = []
-    model = CaduceusConfig(d_model=16, n_layer=1).build()
-    for linear in (model.layers[0].mixer.mamba_fwd.in_proj, model.layers[0].mixer.mamba_fwd.out_proj):
-        linear.register_forward_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize(("tied", "projections"), [(True, 2), (False, 4)])
+def test_tied_projections_run_once(tied, projections, monkeypatch):
+    calls, project = [], mamba._project
+    monkeypatch.setattr(mamba, "_project", lambda *given: calls.append(1) or project(*given))
+    model = CaduceusConfig(d_model=16, n_layer=1, bidirectional_weight_tie=tied).build()
     model(torch.randint(7, 11, (1, 9)))
-    assert len(calls) == 2
-    assert model.layers[0].mixer.mamba_rev.in_proj is None
+    assert len(calls) == projections
+    assert (model.layers[0].mixer.mamba_rev.in_proj is None) == tied
 
 
 @pytest.mark.parametrize(
