@@ -1,7 +1,7 @@
 """The Hyena operator: gated long convolutions with implicit filters (Poli et al. 2023; Nguyen et al. 2023)."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from genossm.ops.fftconv import fftconv
 from genossm.ops.hyena_conv import hyena_conv
 from genossm.ops.online_conv import Taps, online_conv, online_conv_state
 
+_LONG = 1 << 13
+"""Tokens from which inference goes through a few channels at a time."""
+_CHANNELS = 16
 _DECAY_TARGET = 1e-2
 _FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
 
@@ -128,17 +131,25 @@ class HyenaFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Return the first `length` taps of every filter, k_CL, in the parameters' dtype."""
+        return self.channels(*self.trunk(length), slice(None))
+
+    def trunk(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the network's last hidden layer, which all channels share, and the times t_L."""
         with torch.autocast(self.deltas_C.device.type, enabled=False):
-            h_EL, t_L = self.positions(length)
-            for layer in self.implicit_filter:
+            h_FL, t_L = self.positions(length)
+            for layer in list(self.implicit_filter)[:-1]:
                 if isinstance(layer, nn.Linear):
-                    h_EL = layer.weight @ h_EL
-                    if layer.bias is not None:
-                        h_EL = h_EL + layer.bias[:, None]
+                    h_FL = torch.addmm(layer.bias[:, None], layer.weight, h_FL)
                 else:
-                    h_EL = layer(h_EL)
-            window_CL = torch.exp(-self.deltas_C.abs()[:, None] * t_L) + self.shift
-            return h_EL * window_CL
+                    h_FL = layer(h_FL)
+            return h_FL, t_L
+
+    def channels(self, h_FL: Tensor, t_L: Tensor, rows: slice) -> Tensor:
+        """Return the taps of some channels, from what `trunk` returned."""
+        with torch.autocast(self.deltas_C.device.type, enabled=False):
+            window_CL = torch.exp(-self.deltas_C[rows].abs()[:, None] * t_L) + self.shift
+            last = cast(nn.Linear, self.implicit_filter[-1])
+            return (last.weight[rows] @ h_FL) * window_CL
 
 
 class HyenaOperator(nn.Module):
@@ -186,10 +197,13 @@ class HyenaOperator(nn.Module):
                 f"The input has {length} tokens, the Hyena filter l_max={self.l_max}; shorten the input or build the"
                 " model with a larger max_length."
             )
+        plain = self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training)
+        if plain and length >= _LONG and not torch.is_grad_enabled() and x_BLD.device.type == "cpu":
+            return self._mix_groups(x_BLD)
         # (3D, D) @ (B, D, L): time is contiguous from here to the output projection, with no transposed copy.
         weight_BCD = self.in_proj.weight.expand(x_BLD.shape[0], -1, -1)
         u_BCL = torch.baddbmm(self.in_proj.bias[:, None], weight_BCD, x_BLD.transpose(1, 2))
-        if self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training):
+        if plain:
             y_BLD = hyena_conv(
                 u_BCL.transpose(1, 2),
                 self.short_filter.weight[:, 0],
@@ -200,6 +214,25 @@ class HyenaOperator(nn.Module):
         else:
             y_BLD = self._mix(u_BCL, mask_BL)
         return torch.baddbmm(self.out_proj.bias, y_BLD, self.out_proj.weight.T.expand(x_BLD.shape[0], -1, -1))
+
+    def _mix_groups(self, x_BLD: Tensor) -> Tensor:
+        """Mix a long input with no gradient: projections and filters are made for a few channels at a time."""
+        batch, length, width = x_BLD.shape
+        w_3DD, bias_3D = self.in_proj.weight.unflatten(0, (3, width)), self.in_proj.bias.unflatten(0, (3, width))
+        short_3DW = self.short_filter.weight[:, 0].unflatten(0, (3, width))
+        short_bias_3D = self.short_bias.unflatten(0, (3, width))
+        h_FL, t_L = self.filter_fn.trunk(length)
+        y_BDL = x_BLD.new_empty(batch, width, length)
+        for first in range(0, width, _CHANNELS):
+            rows = slice(first, first + _CHANNELS)
+            w_BCD = w_3DD[:, rows].flatten(0, 1).expand(batch, -1, -1)
+            u_BCL = torch.baddbmm(bias_3D[:, rows].flatten()[:, None], w_BCD, x_BLD.transpose(1, 2))
+            short = short_3DW[:, rows].flatten(0, 1), short_bias_3D[:, rows].flatten()
+            k_GL = self.filter_fn.channels(h_FL, t_L, rows)
+            y_BLG = hyena_conv(u_BCL.transpose(1, 2), *short, k_GL, self.filter_fn.skip[rows])
+            y_BDL[:, rows] = y_BLG.transpose(1, 2)
+        weight_BDD = self.out_proj.weight.T.expand(batch, -1, -1)
+        return torch.baddbmm(self.out_proj.bias, y_BDL.transpose(1, 2), weight_BDD)
 
     def _mix(self, u_BCL: Tensor, mask_BL: Tensor | None) -> Tensor:
         """Mix along time for any order and direction, gate by gate."""

@@ -31,3 +31,14 @@ def test_changed_weights_change_the_kept_filter():
             parameter.mul_(1.5)
     x, _ = model.extend(ids, model.init_state(1))
     torch.testing.assert_close(x.detach(), model(ids).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [50, 1500])
+def test_inference_in_pieces_equals_training(length, monkeypatch):
+    monkeypatch.setattr("genossm.nn.hyena._LONG", 1)
+    monkeypatch.setattr("genossm.nn.hyena._CHANNELS", 5)
+    model = HyenaDNAConfig(d_model=16, n_layer=2, max_length=1600).build().eval()
+    ids = torch.randint(7, 11, (2, length))
+    with torch.no_grad():
+        pieces = model(ids)
+    torch.testing.assert_close(pieces, model(ids).detach(), atol=1e-5, rtol=1e-5)
