@@ -175,7 +175,7 @@ def _draw(tokenizer: Any, rows: int, length: int) -> Any:
 
 def _round_trip(tokenizer: Any) -> Finding:
     text = "ACGTACGTTTGCACGATCGA"
-    back = tokenizer.decode(tokenizer.encode(text)).replace(" ", "").upper()
+    back = tokenizer.decode(tokenizer.encode(text).tolist()).replace(" ", "").upper()
     return Finding("tokenizer round trip", back == text, f"{tokenizer.name}: {text} -> {back}")
 
 

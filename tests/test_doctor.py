@@ -21,6 +21,7 @@ def test_published_models_are_healthy(case):
     assert "pass" in report.summary()["padding changes nothing"]
 
 
+@torch.no_grad()
 def test_a_model_that_looks_ahead_fails():
     model = HyenaDNAConfig(d_model=16, n_layer=1, max_length=64, bidirectional=True).build().eval()
     ids = torch.randint(7, 11, (2, 32))
