@@ -22,6 +22,7 @@ from genossm.data.examples import Labelled, LabelledData, Target
 from genossm.data.leakage import drop_leaks
 from genossm.data.protocols import divide
 from genossm.data.sequences import Sequences
+from genossm.dna.tokenizer import tokenizer_named
 from genossm.files import write_atomically
 from genossm.models.base import Backbone
 from genossm.models.classifier import Classifier
@@ -161,8 +162,16 @@ def say(config: DictConfig, labelled: Labelled, protocol: str, splits: dict[str,
 def build_data(config: DictConfig, splits: dict[str, Any], target: Target, backbone: Backbone) -> Sequences:
     """Return the data module that the `loader` section describes."""
     loader: dict[str, Any] = OmegaConf.to_container(config.loader, resolve=True)  # type: ignore[assignment]
+    tokenizer = tokenizer_named(backbone.config.tokenizer)
+    longest = None if backbone.max_length is None else backbone.max_length * tokenizer.bases_per_token
     return Sequences(
-        splits, target, batch_size=config.batch_size, longest=backbone.max_length, seed=config.seed, **loader
+        splits,
+        target,
+        batch_size=config.batch_size,
+        longest=longest,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        **loader,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from genossm import checkpoint
 from genossm.dna import alphabet
 from genossm.dna.alphabet import Bytes
-from genossm.dna.tokenizer import Tokenizer
+from genossm.dna.tokenizer import Tokenizer, tokenizer_named
 from genossm.models.base import Backbone, State
 
 logger = logging.getLogger(__name__)
@@ -110,17 +110,7 @@ def tokenizer_of(model: Backbone) -> Tokenizer:
     Raises:
         ValueError: there is none of that name.
     """
-    from genossm.dna import tokenizer as shelf
-
-    kinds = {
-        kind.name: kind
-        for kind in vars(shelf).values()
-        if isinstance(kind, type) and issubclass(kind, Tokenizer) and hasattr(kind, "name")
-    }
-    name = model.config.tokenizer
-    if name not in kinds:
-        raise ValueError(f"No tokenizer is named {name!r}; there are: {', '.join(sorted(kinds))}.")
-    return kinds[name]()
+    return tokenizer_named(model.config.tokenizer)
 
 
 def weights_digest(model: Backbone) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from genossm.data.examples import Example, Target
 from genossm.data.sequences import Encoded, SequenceBatches
 from genossm.dna import alphabet
-from genossm.dna.tokenizer import CharTokenizer
+from genossm.dna.tokenizer import tokenizer_named
 from genossm.models.base import Backbone
 from genossm.nn.head import pool
 from genossm.tasks.metrics import evaluate_outputs
@@ -68,8 +68,9 @@ def layer_embeddings(
         pooling: see `genossm.nn.head.pool`.
         batch_size: rows at a time.
     """
-    encoded = Encoded(rows, target, backbone.max_length)
-    batches = SequenceBatches(encoded, CharTokenizer(), batch_size, None)
+    tokenizer = tokenizer_named(backbone.config.tokenizer)
+    longest = None if backbone.max_length is None else backbone.max_length * tokenizer.bases_per_token
+    batches = SequenceBatches(Encoded(rows, target, longest), tokenizer, batch_size, None)
     device = next(backbone.parameters()).device
     backbone.eval()
     found: list[list[Tensor]] = []

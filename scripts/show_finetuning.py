@@ -106,7 +106,15 @@ def pretrain(name: str, rate: float, arguments: argparse.Namespace) -> dict[str,
     model = config_from_dict(shape).build()
     steps = max(2, round(arguments.pretrain_seconds / seconds_a_step))
     task, data = build_data(steps)
-    values = {"accelerator": "auto", "devices": 1, "precision": "auto", "max_steps": steps, "gradient_clip_val": 1.0}
+    values = {
+        "accelerator": "auto",
+        "devices": 1,
+        "strategy": "auto",
+        "val_check_interval": steps,
+        "precision": "auto",
+        "max_steps": steps,
+        "gradient_clip_val": 1.0,
+    }
     values |= {"accumulate_grad_batches": 1, "limit_val_batches": 0, "log_every_n_steps": 50}
     trainer = build_trainer(values, [], [])
     began = time.monotonic()

@@ -5,6 +5,9 @@ import os
 # Tests never reach for the network, a GPU's autotuner or a tracker of experiments.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Some tests fork, and a fork of a process that has used torch's thread pool hangs at its next parallel loop.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ import torch
 from genossm import adapters, checkpoint
 from genossm.data.sequences import Encoded, SequenceBatches
 from genossm.data.table import Table
-from genossm.dna.tokenizer import CharTokenizer
+from genossm.dna.tokenizer import CharTokenizer, KmerTokenizer
 from genossm.finetune import finetune
 from genossm.models.base import config_from_dict
 from genossm.train import compose, train
@@ -124,3 +124,17 @@ def test_data_frame_and_early_stopping(tmp_path):
 def test_mistakes_are_named(override, message, table, tmp_path):
     with pytest.raises((ValueError, KeyError), match=message):
         finetune(table, None, options(tmp_path, override))
+
+
+def test_model_of_another_alphabet_reads_its_own_tokens(table, tmp_path):
+    torch.manual_seed(0)
+    values = {"model_type": "nucleotide_transformer", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    values |= {"vocab_size": 4105, "tokenizer": "nt_v1"}
+    pretrained = checkpoint.save(config_from_dict(values).build(), tmp_path / "nt")
+    overrides = [option for option in options(tmp_path, "epochs=1") if not option.startswith("model.")]
+    result = finetune(table, pretrained, overrides)
+    ids = SequenceBatches(Encoded(table.load().splits["test"], table.load().target), KmerTokenizer(), 4, None)[0]
+    assert result.model.backbone.config.tokenizer == "nt_v1"
+    assert ids["ids_BL"].shape[1] < max(len(row.sequence) for row in table.load().splits["test"])
+    with torch.no_grad():
+        assert torch.isfinite(result.model(ids["ids_BL"], ids.get("lengths_B"))).all()

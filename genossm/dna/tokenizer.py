@@ -298,3 +298,19 @@ class ByteTokenizer(Tokenizer):
         """Return uint8 ids of stored bytes; soft-masked bases are read as the others."""
         letters = np.frombuffer(alphabet.DECODE, dtype=np.uint8)
         return letters[codes & np.uint8(0x7F)]
+
+
+def tokenizer_named(name: str) -> Tokenizer:
+    """Return the tokenizer of this file that has a name, as config.json gives it.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    kinds = {
+        kind.name: kind
+        for kind in globals().values()
+        if isinstance(kind, type) and issubclass(kind, Tokenizer) and hasattr(kind, "name")
+    }
+    if name not in kinds:
+        raise ValueError(f"No tokenizer is named {name!r}; there are: {', '.join(sorted(kinds))}.")
+    return kinds[name]()
