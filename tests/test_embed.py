@@ -228,11 +228,13 @@ def test_killed_three_times_gives_the_same_bytes(hyena, chr20, tmp_path, monkeyp
     model, out = tmp_path / "model", tmp_path / "killed.parquet"
     checkpoint.save(hyena, model)
     _embed_into(model, fasta, tmp_path / "whole.parquet")
-    fork = multiprocessing.get_context("fork")
+    # A fresh process: a fork of one that has run kernels on threads can hang.
+    fresh = multiprocessing.get_context("spawn")
     for already in (1, 3, 6):
-        process = fork.Process(target=_embed_into, args=(model, fasta, out))
+        process = fresh.Process(target=_embed_into, args=(model, fasta, out))
         process.start()
-        while len(list((tmp_path / "killed.parquet.parts").glob("part-*"))) <= already:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(list((tmp_path / "killed.parquet.parts").glob("part-*"))) <= already:
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
