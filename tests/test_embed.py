@@ -1,3 +1,4 @@
+import importlib
 import json
 import multiprocessing
 import os
@@ -218,6 +219,8 @@ def test_a_growing_cache_is_not_carried(texts):
 
 
 def _embed_into(model, fasta, out):
+    # Set here, too: a fresh process knows nothing of a patch in this one.
+    importlib.import_module("genossm.embed")._PART_BASES = 2048
     embed(model, fasta=fasta, out=out, window=8, batch_size=2)
 
 
