@@ -242,6 +242,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if origin is typing.Literal:
         return value in arguments
+    if hint is Any:
+        # A class since Python 3.11.
+        return True
     if hint in (None, type(None)):
         return value is None
     if hint is float:

@@ -9,9 +9,12 @@ from genossm.nn.hyena import HyenaOperator
 
 @dataclass(frozen=True, kw_only=True)
 class HyenaDNAConfig(PreNormConfig):
-    """The shape of a HyenaDNA; defaults are those of the published models."""
+    """The shape of a HyenaDNA; defaults are those of the published models, without their dropout."""
 
     model_type: ClassVar[str] = "hyenadna"
+
+    embed_dropout: float = 0.0
+    """Dropout of the embeddings; the published models were pretrained with 0.1."""
 
     d_model: int = 128
     n_layer: int = 2
