@@ -118,11 +118,12 @@ def run_folder(config: DictConfig) -> tuple[Path, bool]:
     Raises:
         ValueError: `resume` is neither null, "auto" nor the folder of a run.
     """
+    # First, since the variable may stem from an earlier run of the process that torchrun was started by.
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _agreed_folder(config)
     handed = os.environ.get(_RUN_FOLDER)
     if handed and int(os.environ.get("LOCAL_RANK", "0")):
         return Path(handed), config.resume is not None
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _agreed_folder(config)
     return _choose_folder(config)
 
 
