@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -105,3 +106,9 @@ def test_examples_of_the_readme_run(tmp_path):
         [sys.executable, "-W", "error", script], cwd=tmp_path, env=variables, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+def test_readme_maps_every_file():
+    readme = (ROOT / "README.md").read_text()
+    scripts = runpy.run_path(str(ROOT / "scripts" / "map.py"))
+    assert scripts["redrawn"](readme) == readme, "run python scripts/map.py"
