@@ -6,7 +6,6 @@ torchrun --standalone --nproc-per-node 2 scripts/two_gpus.py [--length 131072] [
 import argparse
 import gzip
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -45,7 +44,7 @@ def main() -> None:
     torch.manual_seed(1)
     rows_RL = torch.randint(7, 11, (ranks, given.length + 1), device=device)
     mine = rows_RL[rank : rank + 1]
-    wrapped = {"DDP": lambda model: DistributedDataParallel(model), "FSDP2": shard}
+    wrapped: dict[str, Callable[[NextBase], nn.Module]] = {"DDP": DistributedDataParallel, "FSDP2": shard}
     # Losses in float32, whose differences are those of the order of sums; times as training runs, in bfloat16.
     short = min(given.length, 16_384) + 1
     alone = steps(build(config, device), rows_RL[:, :short], given.steps, half=False)[0] if rank == 0 else []
@@ -133,9 +132,8 @@ def verbs(config: HyenaDNAConfig, device: torch.device) -> None:
         folder = Path(place[0])
         fasta, bed, vcf = folder / "g.fa", folder / "w.bed", folder / "v.vcf"
         if rank == 0:
-            with resources.as_file(resources.files("genossm.assets") / name) as asset, gzip.open(asset) as source:
-                with fasta.open("wb") as target:
-                    shutil.copyfileobj(source, target)
+            packed = resources.files("genossm.assets").joinpath(name).read_bytes()
+            fasta.write_bytes(gzip.decompress(packed))
             contig, bases = read(fasta)
             width = min(given_window(config), len(bases) // 2)
             starts = [i * (len(bases) - width) // 63 for i in range(64)]
