@@ -114,8 +114,9 @@ def _write_ours(model: Backbone | Classifier, origin: Origin | None, source: str
     if origin is not None:
         remembered = {"layout": origin.layout, "config": origin.config, "dtypes": origin.dtypes}
         write_atomically(folder / ORIGIN, lambda path: path.write_text(json.dumps(remembered, indent=1) + "\n"))
-        if origin.kept:
-            save_file({name: tensor.contiguous() for name, tensor in origin.kept.items()}, folder / KEPT)
+        stored = published.irreplaceable(origin, model.backbone if isinstance(model, Classifier) else model)
+        if stored:
+            save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / KEPT)
 
 
 def _write_published(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:

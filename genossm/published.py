@@ -1,5 +1,6 @@
 """Published checkpoints into our backbones and back: detection of the layout, import, export."""
 
+import functools
 import importlib
 import logging
 import pkgutil
@@ -14,7 +15,7 @@ from genossm.layouts.base import Layout, PublishedConfig
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.classifier import Classifier
 from genossm.source import Source
-from genossm.weights import Place, fill, match, no_weights, places, refuse
+from genossm.weights import Place, fill, follow, match, no_weights, places, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Origin:
     dtypes: dict[str, str]
     """The type of each tensor by its published name."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that no backbone reads and nothing can compute again."""
+    """Tensors of the file that no backbone reads, as they are mapped into memory; see `irreplaceable`."""
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Published:
     origin: Origin
 
 
+@functools.cache
 def layouts() -> dict[str, Layout]:
     """Return every published layout by name: the modules of the folder are the list."""
     import genossm.layouts as shelf
@@ -96,10 +98,21 @@ def read(source: Source, device: str | torch.device = "cpu") -> Published:
     chosen, misfits = match(expected, placed)
     refuse(problems + [_in_their_words(layout, config, text) for text in misfits], source.name)
     fill(expected, chosen, device)
-    (backbone if classifier is None else classifier).to(device).eval()
+    # Buffers that no file holds follow.
+    follow(backbone if classifier is None else classifier, device).eval()
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
-    unknown = {name: t for name, t in kept.items() if layout.regenerate(layout.bare(name), backbone) is None}
-    return Published(backbone, classifier, Origin(layout.name, dict(values), dtypes, unknown))
+    return Published(backbone, classifier, Origin(layout.name, dict(values), dtypes, kept))
+
+
+def irreplaceable(origin: Origin, backbone: Backbone) -> dict[str, Tensor]:
+    """Return the tensors that no backbone reads and that can't be computed again bit by bit: what must be stored."""
+    layout = layouts()[origin.layout]
+    stored: dict[str, Tensor] = {}
+    for name, tensor in origin.kept.items():
+        again = layout.regenerate(layout.bare(name), backbone)
+        if again is None or again.dtype != tensor.dtype or not torch.equal(again, tensor):
+            stored[name] = tensor
+    return stored
 
 
 def _expected(backbone: Backbone, classifier: Classifier | None) -> dict[str, Place]:

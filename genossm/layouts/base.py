@@ -18,6 +18,7 @@ from genossm.models.base import Backbone, BackboneConfig
 from genossm.nn.head import HeadConfig
 
 MISSING: Any = object()
+_NUMBER = re.compile(r"\d+")
 
 _HUGGINGFACE = """
 _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _from_model_config _output_attentions
@@ -165,10 +166,15 @@ class Layout(ABC):
 
     def ours(self, name: str) -> tuple[bool, str | None]:
         """Return whether the table knows a published name, and ours (with its `?`)."""
-        for pattern, target in self._patterns:
-            match = pattern.fullmatch(self.bare(name))
+        bare = self.bare(name)
+        # Names that differ in their numbers alone mostly stand in the same row.
+        kin = _NUMBER.sub("#", bare)
+        rows = self._patterns if kin not in self._rows else (self._rows[kin], *self._patterns)
+        for row in rows:
+            match = row[0].fullmatch(bare)
             if match:
-                return True, None if target is None else target.format(**match.groupdict())
+                self._rows[kin] = row
+                return True, None if row[1] is None else row[1].format(**match.groupdict())
         return False, None
 
     def stand_in(self, name: str) -> str | None:
@@ -206,6 +212,11 @@ class Layout(ABC):
     def regenerate(self, name: str, backbone: Backbone) -> Tensor | None:
         """Return a dropped tensor of a published file (bare name), computed again, or None where nothing tells it."""
         return None
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[re.Pattern[str], str | None]]:
+        """The row of the table that names of a kind stood in so far."""
+        return {}
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], str | None], ...]:

@@ -14,6 +14,8 @@ from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.nn.head import HeadConfig
 from genossm.nn.hyena import decays
 
+_PREFIX, _SPREAD = 1024, 33
+"""Positions from the start, and spread over the rest, at which a long table is compared with its formula."""
 _ULPS = 2e-6
 """How far a formula may be from a stored tensor that was computed by another version of torch."""
 
@@ -68,36 +70,44 @@ class _HyenaDNALayout(Layout):
     def held(self, tensors: Mapping[str, Tensor], max_length: int, emb_dim: int) -> dict[str, bool]:
         """Return which regenerable tensors of a file differ from their formulas and must be held.
 
-        Positions are compared densely at the start and at every 256th from there on: a trained z differs from the
-        formula wherever training reached, which is always a prefix.
+        Positions are compared one by one at the start and here and there behind it, since looking at each of a million
+        would take longer than the rest of loading: training changes a prefix of z, as far as its inputs reached.
         """
-        z_1LE, t_1L1 = self.positions(max_length, emb_dim)
-        seen_P = torch.unique(torch.cat([torch.arange(min(max_length, 4096)), torch.arange(0, max_length, 256)]))
-        z_PE, t_P = z_1LE[0, seen_P], t_1L1[0, seen_P, 0]
+        seen_P = torch.unique(torch.cat([torch.arange(min(max_length, _PREFIX)), self._spread(max_length)]))
+        z_PE, t_P = self.positions(max_length, emb_dim, seen_P)
         own = {"own_positions": False, "own_decay": False}
         for name, tensor in tensors.items():
             kind = name.rpartition(".")[2]
-            if kind == "z" and tensor.shape == z_1LE.shape:
-                own["own_positions"] |= not torch.allclose(tensor[0, seen_P], z_PE, atol=_ULPS, rtol=0)
-            elif kind == "t" and tensor.shape == t_1L1.shape:
-                own["own_positions"] |= not torch.allclose(tensor[0, seen_P, 0], t_P, atol=_ULPS, rtol=0)
+            # A tensor of another shape is refused later, since it fits neither the formula nor the model.
+            if kind == "z":
+                fits = tensor.shape == (1, max_length, emb_dim)
+                own["own_positions"] |= not fits or not torch.allclose(tensor[0, seen_P], z_PE, atol=_ULPS, rtol=0)
+            elif kind == "t":
+                fits = tensor.shape == (1, max_length, 1)
+                own["own_positions"] |= not fits or not torch.allclose(tensor[0, seen_P, 0], t_P, atol=_ULPS, rtol=0)
             elif kind == "deltas":
                 formula = decays(tensor.shape[-1])
                 own["own_decay"] |= not torch.allclose(tensor.flatten(), formula, atol=10 * _ULPS, rtol=0)
         return own
 
-    def positions(self, length: int, emb_dim: int) -> tuple[Tensor, Tensor]:
-        """Return z_1LE and t_1L1, rounded as the published code of this layout rounds them."""
-        bands = (emb_dim - 1) // 2
-        t_1L1 = torch.linspace(0, 1, length)[None, :, None]
-        angle_1L1 = 2 * math.pi * torch.linspace(0, length - 1, length)[None, :, None] / length
-        band_11K = torch.linspace(1e-4, bands - 1, bands)[None, None]
-        real_1LK, imaginary_1LK = self.phases(angle_1L1, band_11K)
-        return torch.cat([t_1L1, real_1LK, imaginary_1LK], dim=-1), t_1L1
+    @staticmethod
+    def _spread(max_length: int) -> Tensor:
+        return torch.linspace(0, max_length - 1, _SPREAD, dtype=torch.float64).long()
 
-    def phases(self, angle_1L1: Tensor, band_11K: Tensor) -> tuple[Tensor, Tensor]:
+    def positions(self, length: int, emb_dim: int, index_P: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return z_PE and t_P at some positions, or at all as the published code of this layout rounds them."""
+        bands = (emb_dim - 1) // 2
+        if index_P is None:
+            t_P, step_P = torch.linspace(0, 1, length), torch.linspace(0, length - 1, length)
+        else:
+            t_P, step_P = (index_P.double() / max(length - 1, 1)).float(), index_P.float()
+        angle_P1 = 2 * math.pi * step_P[:, None] / length
+        real_PK, imaginary_PK = self.phases(angle_P1, torch.linspace(1e-4, bands - 1, bands))
+        return torch.cat([t_P[:, None], real_PK, imaginary_PK], dim=-1), t_P
+
+    def phases(self, angle_P1: Tensor, band_K: Tensor) -> tuple[Tensor, Tensor]:
         """Return the real and imaginary parts of exp(-i band angle)."""
-        return torch.cos(-band_11K * angle_1L1), torch.sin(-band_11K * angle_1L1)
+        return torch.cos(-band_K * angle_P1), torch.sin(-band_K * angle_P1)
 
     def constant(self, name: str, config: BackboneConfig) -> Tensor | None:
         assert isinstance(config, HyenaDNAConfig)
@@ -110,10 +120,9 @@ class _HyenaDNALayout(Layout):
         kind = name.rpartition(".")[2]
         if kind == "deltas":
             return decays(config.d_model)[None, None]
-        if kind in ("z", "t"):
-            z_1LE, t_1L1 = self.positions(config.max_length, config.emb_dim)
-            return z_1LE if kind == "z" else t_1L1
-        return None
+        if kind == "t":
+            return torch.linspace(0, 1, config.max_length)[None, :, None]
+        return self.positions(config.max_length, config.emb_dim)[0][None] if kind == "z" else None
 
 
 class HyenaDNAHuggingFace(_HyenaDNALayout):
@@ -225,9 +234,9 @@ class HyenaDNAOriginal(_HyenaDNALayout):
         # Modules whose activations are recomputed in the backward pass sit inside a wrapper called `layer`.
         return re.sub(r"\.(mixer|mlp)\.layer\.", r".\1.", super().bare(name))
 
-    def phases(self, angle_1L1: Tensor, band_11K: Tensor) -> tuple[Tensor, Tensor]:
-        phase_1LK = torch.exp(-1j * band_11K * angle_1L1)
-        return phase_1LK.real, phase_1LK.imag
+    def phases(self, angle_P1: Tensor, band_K: Tensor) -> tuple[Tensor, Tensor]:
+        phase_PK = torch.exp(-1j * band_K * angle_P1)
+        return phase_PK.real, phase_PK.imag
 
     def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HyenaDNAConfig:
         layer = config.section("layer")
