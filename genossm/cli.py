@@ -49,6 +49,10 @@ def main(verb: str | None = None) -> None:
         run(verb, arguments)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output, such as `head`, has gone; Python would complain again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("GENOSSM_TRACEBACK") or not is_users_mistake(error):
             raise

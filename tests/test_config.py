@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from genossm.config import check, choices, compose
 
@@ -62,3 +63,13 @@ def test_the_command_line_says_it_in_one_line(start, tmp_path):
     assert ran.stderr.startswith("error: model has no key 'd_modle'; there are: d_model")
     assert ran.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_the_examples_of_help_compose(verb):
+    header = OmegaConf.load(ROOT / "conf" / f"{verb}.yaml").hydra.help.header
+    examples = [line.split("   ")[0].split() for line in header.splitlines() if line.startswith(f"  genossm {verb} ")]
+    assert len(examples) >= 4
+    for example in examples:
+        sweep = "-m" in example
+        compose(verb, [word.split(",")[0] if sweep else word for word in example[2:] if "=" in word])
