@@ -15,7 +15,18 @@ from torch import Tensor
 
 import genossm
 from genossm import tables
-from genossm.inference import LAST, Batches, Opened, Tile, hidden, is_recurrent, opened, strand_codes, tiles
+from genossm.inference import (
+    LAST,
+    Batches,
+    Opened,
+    Tile,
+    hidden,
+    hidden_after,
+    is_recurrent,
+    opened,
+    strand_codes,
+    tiles,
+)
 from genossm.jobs import Job, Progress, Shard
 from genossm.models.base import Backbone
 from genossm.pooling import PART_VALUES, Piece, Pool, Settings
@@ -203,7 +214,7 @@ class Run:
         self.ready, self.records, self.settings = ready, records, settings
         self.sizing = Batches(ready.device, batch_size)
         self.progress: Progress | None = None
-        self.carries = settings.layers == (LAST,) and is_recurrent(ready)
+        self.carries = is_recurrent(ready)
         self.per_base = ready.tokenizer.bases_per_token == 1
         codes = records.codes(0)[: 2 * ready.tokenizer.bases_per_token]
         sample = hidden(ready, ready.ids(codes)[None].to(ready.device), None, settings.layers)
@@ -342,15 +353,18 @@ class Run:
         codes = self.records.codes(piece.record)
         state = model.init_state(1)
         for start in range(0, len(codes), self.settings.context):
-            tile = Tile(start, min(start + self.settings.context, len(codes)), start, len(codes))
-            tile = Tile(start, tile.end, start, tile.end)
+            end = min(start + self.settings.context, len(codes))
+            tile = Tile(start, end, start, end)
             ids_BL = self._tile_ids(piece, tile, pool.strand)[None].to(self.ready.device)
-            x_BLD, state = model.extend(ids_BL, state)
-            first, values = pool.reduce([x_BLD[0]], tile, len(codes))
-            pool.add(0, first, values[0].float().cpu().numpy())
-            self._count((tile.end - tile.start) // len(self._strands()))
+            found, state = hidden_after(self.ready, ids_BL, state, self.settings.layers)
+            first, values = pool.reduce([x_BLD[0] for x_BLD in found], tile, len(codes))
+            for layer, pooled in enumerate(values):
+                pool.add(layer, first, pooled.float().cpu().numpy())
+            self._count((end - start) // len(self._strands()))
 
     def _count(self, bases: int) -> None:
+        # Pages of the genome that were read would else count as memory of this process until its end.
+        self.records.release()
         if self.progress is not None:
             self.progress.advance(bases)
 

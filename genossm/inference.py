@@ -280,17 +280,37 @@ def hidden(ready: Opened, ids_BL: Tensor, lengths_B: Tensor | None, layers: Sequ
     if tuple(layers) == (LAST,):
         return [model(ids_BL, lengths_B)]
     model.check(ids_BL, lengths_B)
-    found: dict[str, Tensor] = {}
-    wanted = set(layers)
+    seen = _Seen(layers)
     x_BLD = model.embed(ids_BL)
+    seen(-1, x_BLD)
+    x_BLD = model.run_layers(x_BLD, lengths_B, seen)
+    return seen.found(lambda: model.norm_f(x_BLD))
 
-    def visit(block: int, x_BLD: Tensor) -> None:
-        if str(block + 1) in wanted:
-            found[str(block + 1)] = x_BLD.clone()
 
-    if "0" in wanted:
-        found["0"] = x_BLD.clone()
-    x_BLD = model.run_layers(x_BLD, lengths_B, visit)
-    if LAST in wanted:
-        found[LAST] = model.norm_f(x_BLD)
-    return [found[layer] for layer in layers]
+def hidden_after(ready: Opened, ids_BL: Tensor, state: State, layers: Sequence[str]) -> tuple[list[Tensor], State]:
+    """Run more tokens after those that made `state`: what `hidden` would give there, and the state after them."""
+    seen = _Seen(layers)
+    if "0" in layers:
+        seen(-1, ready.model.embed(ids_BL))
+    x_BLD, state = ready.model.extend(ids_BL, state, seen)
+    return seen.found(lambda: x_BLD), state
+
+
+class _Seen:
+    """Keeps the residual stream after the blocks that are asked for.
+
+    Args:
+        layers: their names: `0` is the embedding, `last` comes after the final norm.
+    """
+
+    def __init__(self, layers: Sequence[str]):
+        self.layers = layers
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, block: int, x_BLD: Tensor) -> None:
+        if str(block + 1) in self.layers:
+            self.kept[str(block + 1)] = x_BLD.clone()
+
+    def found(self, last: Callable[[], Tensor]) -> list[Tensor]:
+        """Return all layers in the order asked for; `last()` gives that after the final norm."""
+        return [last() if layer == LAST else self.kept[layer] for layer in self.layers]

@@ -37,6 +37,10 @@ class Records(ABC):
         """Return where `[start, end)` of a record lies, 0-based half-open: in the record, or on its contig."""
         return Interval(self.names[record], start, end)
 
+    def release(self) -> None:
+        """Let go of what reading left in memory; it is read again where it is needed."""
+        return
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return what distinguishes these records from others, for manifests."""
@@ -54,6 +58,9 @@ class FastaRecords(Records):
 
     def codes(self, record: int) -> Bytes:
         return self.genome.codes(self.names[record])
+
+    def release(self) -> None:
+        self.genome.release()
 
     def identity(self) -> dict[str, Any]:
         return {"fasta": identity_of_file(self.path)}
@@ -87,6 +94,9 @@ class BedRecords(Records):
         if whole.strand == "-":
             return Interval(whole.chrom, whole.end - end, whole.end - start, "-")
         return Interval(whole.chrom, whole.start + start, whole.start + end)
+
+    def release(self) -> None:
+        self.genome.release()
 
     def identity(self) -> dict[str, Any]:
         return {"bed": identity_of_file(self.bed), "genome": identity_of_file(self.path)}

@@ -209,6 +209,10 @@ def test_recurrent_models_carry_their_state():
     for options in ({"context": 50}, {"context": 50, "strand": "concat"}):
         got = embed(model, [text], pooling="base", **options).array()
         np.testing.assert_allclose(got[:, :16], whole, atol=1e-5)
+    layers = {"pooling": "base", "layers": [1, 0, "last", 2]}
+    whole, carried = embed(model, [text], **layers), embed(model, [text], **layers, context=50)
+    for layer in layers["layers"]:
+        np.testing.assert_allclose(carried.array(layer), whole.array(layer), atol=1e-5)
 
 
 def test_a_growing_cache_is_not_carried(texts):

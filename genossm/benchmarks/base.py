@@ -24,10 +24,13 @@ class Comparison:
 
     name: str
     build: Callable[[], Mapping[str, Run]]
-    tokens: int = 0
-    """Tokens (or bases) that one run handles, for tokens/s; 0 where the notion makes no sense."""
+    tokens: int | Mapping[str, int] = 0
+    """Tokens (or bases) that one run handles, for tokens/s; 0 where the notion makes no sense. Where variants differ in
+    it, each one's own by name: ratios are then of the time a token."""
     memory: bool = True
     """Whether the peak of memory above the inputs is measured, in one more run of each variant."""
+    held: Callable[[], float] | None = None
+    """MiB that stay between runs, such as a state; asked for after the last run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,13 @@ class Row:
     seconds: float
     """Median wall time of a run."""
     ratio: float
-    """How many times as fast as the first variant: the median of the rounds' ratios."""
+    """How many times as fast as the first variant, a run or a token: the median of the rounds' ratios."""
     tokens_per_second: float | None
     peak_mib: float | None
     """Memory above what the inputs take; None where it was not measured."""
     runs: int
+    held_mib: float | None = None
+    """Memory that stays between runs; None where the notion makes no sense."""
 
 
 def measure(comparison: Comparison, device: torch.device, seconds: float = 3.0, least: int = 3) -> list[Row]:
@@ -91,16 +96,19 @@ def _measure(comparison: Comparison, device: torch.device, seconds: float, least
         for name, run in variants.items():
             times[name].append(_timed(run, device))
         rounds += 1
-    first = next(iter(times.values()))
+    work = comparison.tokens if isinstance(comparison.tokens, Mapping) else dict.fromkeys(times, comparison.tokens)
+    first, *_ = times
     return [
         Row(
             comparison=comparison.name,
             variant=name,
             seconds=statistics.median(taken),
-            ratio=statistics.median(a / b for a, b in zip(first, taken, strict=True)),
-            tokens_per_second=comparison.tokens / statistics.median(taken) if comparison.tokens else None,
+            ratio=statistics.median(a / b for a, b in zip(times[first], taken, strict=True))
+            * (work[name] / work[first] if work[first] else 1),
+            tokens_per_second=work[name] / statistics.median(taken) if work[name] else None,
             peak_mib=peaks[name],
             runs=rounds,
+            held_mib=comparison.held() if comparison.held is not None else None,
         )
         for name, taken in times.items()
     ]

@@ -84,6 +84,7 @@ class Genome:
                     )
                 self._where[contig.name] = (number, contig)
         self._arrays: dict[int, Bytes] = {}
+        self._maps: dict[int, mmap.mmap] = {}
 
     @property
     def contigs(self) -> dict[str, int]:
@@ -92,7 +93,7 @@ class Genome:
 
     def __getstate__(self) -> dict[str, object]:
         # Memory maps are reopened where they are needed: in a worker process, after unpickling.
-        return {**self.__dict__, "_arrays": {}}
+        return {**self.__dict__, "_arrays": {}, "_maps": {}}
 
     def resolve(self, name: str) -> str:
         """Return the contig's name as this genome spells it: `20`, `chr20` and `Chr20` are the same.
@@ -127,7 +128,14 @@ class Genome:
             with self._stores[number].open("rb") as handle:
                 mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
             self._arrays[number] = np.frombuffer(mapped, dtype=np.uint8)
+            self._maps[number] = mapped
         return self._arrays[number][contig.offset : contig.offset + contig.length]
+
+    def release(self) -> None:
+        """Take the pages that were read out of this process's memory; they are read again where they are needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def fetch(self, interval: Interval) -> Bytes:
         """Return the bytes of an interval; what lies beyond the contig's end is N, strand `-` is complemented."""

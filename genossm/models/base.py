@@ -237,10 +237,16 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"{self.config.model_type} can't run token by token; run the whole sequence.")
         return {"length": 0, "layers": [cast(Any, layer).init_state(batch_size) for layer in self.layers]}
 
-    def extend(self, ids_BL: Integer[Tensor, "B L"], state: State) -> tuple[Float[Tensor, "B L D"], State]:
+    def extend(
+        self,
+        ids_BL: Integer[Tensor, "B L"],
+        state: State,
+        visit: Callable[[int, Tensor], None] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], State]:
         """Run more tokens after those that made `state`; returns hidden states of these and the state after them.
 
-        The given state stays as it was, so that several continuations may start from it.
+        The given state stays as it was, so that several continuations may start from it. `visit` is that of
+        `run_layers`.
 
         Raises:
             ValueError: see `check`; or tokens and state together are longer than the model's context.
@@ -251,9 +257,11 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"The sequence would have {length} tokens; this model takes at most {self.max_length}.")
         x_BLD = self.embed(ids_BL)
         layers: list[State] = []
-        for layer, before in zip(self.layers, state["layers"], strict=True):
+        for index, (layer, before) in enumerate(zip(self.layers, state["layers"], strict=True)):
             x_BLD, after = cast(Any, layer).extend(x_BLD, before)
             layers.append(after)
+            if visit is not None:
+                visit(index, x_BLD)
         return self.norm_f(x_BLD), {"length": length, "layers": layers}
 
     def step(self, ids_B: Tensor, state: State) -> tuple[Tensor, State]:
