@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +30,13 @@ class Site:
     Attributes:
         sequences: stored bases, the reference first, then one an allele.
         prefix: bases at the start that all of them share.
-        exchanges: for each allele whether it exchanges bases one for one, so that masked models can compare it.
+        hidden: for each allele how many bases from `prefix` on masked models hide, in it and in the reference: those
+            of the longer of the two; 0 where bases are exchanged one for one, and those that differ are hidden.
     """
 
     sequences: list[Bytes]
     prefix: int
-    exchanges: list[bool]
+    hidden: list[int]
 
 
 class Effects:
@@ -44,7 +45,8 @@ class Effects:
     Args:
         ready: the model.
         methods: of `METHODS`: llr, the log-likelihood ratio in nats (causal models: of the whole sequence; masked ones:
-            of the bases that differ, all of them hidden); l2 and cosine, distances of the mean embeddings; head, the
+            of the bases that differ, all of them hidden; for an insertion or deletion of as many bases from the site on
+            as the longer allele has, in either sequence); l2 and cosine, distances of the mean embeddings; head, the
             differences of a fine-tuned head's answers.
         classifier: what `head` needs.
         batch_size: sequences of a batch at most.
@@ -244,36 +246,59 @@ class Effects:
     def _masked(self, sites: Sequence[Site], found: Sequence[Any]) -> None:
         """Hide the bases in which alleles differ from their reference and compare what the model expects there."""
         column = self.columns.index("llr")
-        hidden: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+        rows: dict[_Hidden, list[_Answer]] = defaultdict(list)
         for number, site in enumerate(sites):
-            for allele, sequence in enumerate(site.sequences[1:]):
-                # Alleles of another length have no bases that correspond: they keep NaN.
-                if site.exchanges[allele]:
-                    changed = np.flatnonzero((sequence ^ site.sequences[0]) & 0x7F)
-                    hidden[number, changed.astype(np.int64).tobytes()].append(allele)
-        rows = list(hidden)
+            reference = site.sequences[0]
+            for allele, sequence in enumerate(site.sequences[1:], start=1):
+                if not site.hidden[allele - 1]:
+                    changed = np.flatnonzero((sequence ^ reference) & 0x7F)
+                    places = tuple(changed.tolist())
+                    rows[_Hidden(number, 0, places)] += [_Answer(allele, 0, -1.0), _Answer(allele, allele, 1.0)]
+                    continue
+                # Equally many hidden bases on both sides, so that no allele is likelier only for being shorter.
+                end = min(site.prefix + site.hidden[allele - 1], len(reference), len(sequence))
+                places = tuple(range(site.prefix, end))
+                if places:
+                    rows[_Hidden(number, 0, places)].append(_Answer(allele, 0, -1.0))
+                    rows[_Hidden(number, allele, places)].append(_Answer(allele, allele, 1.0))
+        keys = list(rows)
 
         def call(batch: list[int]) -> None:
+            chosen = [keys[row] for row in batch]
             ids: list[Tensor] = []
-            places: list[Tensor] = []
-            for row in batch:
-                number, changed = rows[row]
-                places.append(torch.from_numpy(np.frombuffer(changed, dtype=np.int64).copy()))
-                ids.append(self.ready.ids(sites[number].sequences[0]).clone())
-                ids[-1][places[-1]] = self.ready.tokenizer.mask_id
-            ids_BL, lengths_B = self.ready.stack(ids)
-            x_BLD = self.ready.model(ids_BL, lengths_B)
-            for index, row in enumerate(batch):
-                number = rows[row][0]
-                logp_KV = self.ready.model.logits(x_BLD[index, places[index].to(x_BLD.device)]).float().log_softmax(-1)
-                logp_KV = logp_KV.double().cpu()
-                reference = self.ready.ids(sites[number].sequences[0])[places[index]].long()
-                for allele in hidden[rows[row]]:
-                    other = self.ready.ids(sites[number].sequences[allele + 1])[places[index]].long()
-                    at = torch.arange(len(other))
-                    found[number][allele, column] = float((logp_KV[at, other] - logp_KV[at, reference]).sum())
+            for key in chosen:
+                ids.append(self.ready.ids(sites[key.site].sequences[key.shown]).clone())
+                ids[-1][list(key.places)] = self.ready.tokenizer.mask_id
+            x_BLD = self.ready.model(*self.ready.stack(ids))
+            row_K = torch.tensor([index for index, key in enumerate(chosen) for _ in key.places])
+            place_K = torch.tensor([place for key in chosen for place in key.places])
+            x_KD = x_BLD[row_K.to(x_BLD.device), place_K.to(x_BLD.device)]
+            # One copy to the host a batch.
+            logp_KV = self.ready.model.logits(x_KD).float().log_softmax(-1).double().cpu()
+            for key, logp_PV in zip(chosen, logp_KV.split([len(key.places) for key in chosen]), strict=True):
+                for answer in rows[key]:
+                    true_P = self.ready.ids(sites[key.site].sequences[answer.sequence])[list(key.places)].long()
+                    values = found[key.site][answer.allele - 1]
+                    nats = float(logp_PV.gather(1, true_P[:, None]).sum())
+                    values[column] = np.nan_to_num(values[column]) + answer.sign * nats
 
-        self.sizing.run([len(sites[number].sequences[0]) for number, _ in rows], call)
+        self.sizing.run([len(sites[key.site].sequences[key.shown]) for key in keys], call)
+
+
+class _Hidden(NamedTuple):
+    """A row of a masked model: sequence `shown` of a site with these places hidden."""
+
+    site: int
+    shown: int
+    places: tuple[int, ...]
+
+
+class _Answer(NamedTuple):
+    """What a row is asked: how likely a sequence's bases are at the hidden places; it counts for an allele's ratio."""
+
+    allele: int
+    sequence: int
+    sign: float
 
 
 def _substituted(sequence: Bytes, at: int) -> Site:
@@ -284,7 +309,7 @@ def _substituted(sequence: Bytes, at: int) -> Site:
             changed = sequence.copy()
             changed[at] = base
             made.append(changed)
-    return Site(made, at, [True] * 3)
+    return Site(made, at, [0] * 3)
 
 
 def open_classifier(model: Any) -> Classifier | None:

@@ -1,5 +1,6 @@
 """`genossm ism`: every substitution of every base of a region, and what each changes for a model."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from genossm import tables
 from genossm.dna import alphabet
 from genossm.dna.alphabet import Bytes
 from genossm.effects import Effects, open_classifier
-from genossm.files import write_atomically
 from genossm.inference import opened
 from genossm.jobs import Job, Progress, Shard
 from genossm.models.base import Backbone
@@ -133,7 +133,7 @@ def ism(
             if ending in tables.TABLE_FORMATS:
                 tables.join(paths, path, ending)
             else:
-                write_track(paths, path, ending, records, effects.columns[0])
+                write_track(paths, path, ending, records, run.parts, effects.columns[0])
 
         with Progress("mutating", total, "bp") as run.progress:
             complete = job.run(
@@ -225,32 +225,52 @@ class Run:
         return pa.record_batch(arrays, schema=schema)
 
 
-def write_track(paths: Sequence[Path], out: Path, ending: str, records: Records, column: str) -> None:
+def write_track(
+    paths: Sequence[Path], out: Path, ending: str, records: Records, spans: Sequence[tuple[int, int, int]], column: str
+) -> None:
     """Write, at each base, minus the mean effect of its substitutions, as bedGraph or bigWig, sorted.
 
-    Bases that several regions share get the mean of their values.
+    Bases that several regions share get the mean of their values. In memory stand the bases of overlapping parts alone.
+
+    Args:
+        paths: the parts' tables.
+        out: the file.
+        ending: .bedgraph or .bw.
+        records: the regions.
+        spans: record, start and end of each part.
+        column: the effect.
     """
     assert isinstance(records, BedRecords)
-    sums: dict[tuple[str, int], list[float]] = {}
-    for block in tables.read_blocks(paths):
-        for row in block.to_pylist():
-            sums.setdefault((row["chrom"], row["position"]), []).append(row[column])
-    order = {records.genome.resolve(chrom): rank for rank, chrom in enumerate(records.genome.contigs)}
-    named = sorted(
-        (order[records.genome.resolve(chrom)], position, -float(np.mean(values)))
-        for (chrom, position), values in sums.items()
-    )
-    contigs = list(records.genome.contigs)
-    intervals = ((contigs[rank], position, position + 1, value) for rank, position, value in named)
+    intervals = _swept(paths, records, spans, column)
     if ending == ".bw":
         import pybigtools
 
-        writer = pybigtools.open(str(out), "w")
-        writer.write(records.genome.contigs, intervals)
+        pybigtools.open(str(out), "w").write(records.genome.contigs, intervals)
         return
-    write_atomically(out, lambda path: path.write_text("".join(_track_lines(intervals))))
+    with out.open("w") as handle:
+        handle.writelines(f"{chrom}\t{start}\t{end}\t{value:.6g}\n" for chrom, start, end, value in intervals)
 
 
-def _track_lines(intervals: Iterator[tuple[str, int, int, float]]) -> Iterator[str]:
-    for chrom, start, end, value in intervals:
-        yield f"{chrom}\t{start}\t{end}\t{value:.6g}\n"
+def _swept(
+    paths: Sequence[Path], records: BedRecords, spans: Sequence[tuple[int, int, int]], column: str
+) -> Iterator[tuple[str, int, int, float]]:
+    """Yield the track's bases in the order of the genome, reading the parts in the order in which they begin there."""
+    contigs = list(records.genome.contigs)
+    places = [records.place(*span) for span in spans]
+    starts = [(contigs.index(records.genome.resolve(place.chrom)), place.start) for place in places]
+    waiting: dict[int, list[float]] = {}
+    current = 0
+
+    def flushed(before: float) -> Iterator[tuple[str, int, int, float]]:
+        for position in sorted(position for position in waiting if position < before):
+            values = waiting.pop(position)
+            yield contigs[current], position, position + 1, -sum(values) / len(values)
+
+    for part in sorted(range(len(spans)), key=lambda number: starts[number]):
+        rank, start = starts[part]
+        yield from flushed(math.inf if rank != current else start)
+        current = rank
+        for block in tables.read_blocks([paths[part]]):
+            for position, value in zip(block["position"].to_pylist(), block[column].to_pylist(), strict=True):
+                waiting.setdefault(position, []).append(value)
+    yield from flushed(math.inf)

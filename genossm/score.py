@@ -336,10 +336,10 @@ class Run:
         variants = [variant for index in group if (variant := chosen[index].variant) is not None]
         codes = self.genome.codes(variants[0].chrom)
         sequences, start, end = windows(variants[0], [v.alt for v in variants], codes, self.window, anchor)
-        exchanges = [len(variant.ref) == len(variant.alt) for variant in variants]
+        longer = [0 if len(v.ref) == len(v.alt) else max(len(v.ref), len(v.alt)) for v in variants]
         if anchor == "start":
-            return Site(sequences, start, exchanges)
-        return Site([reverse_complement(s) for s in sequences], len(sequences[0]) - end, exchanges)
+            return Site(sequences, start, longer)
+        return Site([reverse_complement(s) for s in sequences], len(sequences[0]) - end, longer)
 
 
 def annotate(vcf: Vcf, paths: Sequence[Path], out: Path, compressed: bool, provenance: dict[str, Any]) -> None:

@@ -79,6 +79,24 @@ def test_regions_in_their_context_and_tracks(tmp_path, text):
     np.testing.assert_allclose(track.values("c", 10, 14, fillna=0), [float(line[3]) for line in lines[:4]], rtol=1e-4)
 
 
+def test_tracks_are_sorted_whatever_the_order_and_overlap_of_the_regions(tmp_path, text, monkeypatch):
+    monkeypatch.setattr("genossm.ism._PART_POSITIONS", 4)
+    model = build("hyenadna")
+    genome, bed = tmp_path / "g.fa", tmp_path / "r.bed"
+    genome.write_text(f">b\n{text}\n>a\n{text[::-1]}\n")
+    bed.write_text("a\t3\t9\nb\t20\t30\tx\t0\t-\nb\t0\t6\nb\t24\t33\n")
+    ism(model, bed=bed, genome=genome, context=33, out=tmp_path / "t.bedgraph")
+    lines = [line.split() for line in (tmp_path / "t.bedgraph").read_text().splitlines()]
+    truth = [("b", at) for at in [*range(6), *range(20, 33)]] + [("a", at) for at in range(3, 9)]
+    assert [(line[0], int(line[1])) for line in lines] == truth
+    table = ism(model, bed=bed, genome=genome, context=33).table.to_pylist()
+    shared = [row["llr"] for row in table if row["chrom"] == "b" and row["position"] == 25]
+    assert len(shared) == 6
+    assert float(dict(zip(truth, (line[3] for line in lines), strict=True))["b", 25]) == pytest.approx(
+        -np.mean(shared), rel=1e-4
+    )
+
+
 def test_n_is_left_out():
     table = ism(build("hyenadna"), ["ACNGT"]).table
     assert table["position"].to_pylist() == [0] * 3 + [1] * 3 + [3] * 3 + [4] * 3

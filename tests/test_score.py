@@ -7,7 +7,7 @@ import torch
 
 from genossm import checkpoint
 from genossm.dna import alphabet
-from genossm.dna.variant import Vcf
+from genossm.dna.variant import Variant, Vcf, normalise
 from genossm.models.base import model_types
 from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.models.transformer import TransformerConfig
@@ -98,8 +98,6 @@ def test_causal_ratio_is_that_of_whole_windows_on_both_strands(kind, contig, gen
     for row in scored:
         if len(row["ref"]) != len(row["alt"]):
             # The window of an indel is that of its left-normalised form.
-            from genossm.dna.variant import Variant, normalise
-
             codes = alphabet.from_text(contig)
             variant = normalise(Variant("chr20", row["pos"] - 1, row["ref"], row["alt"]), codes)
         else:
@@ -133,9 +131,35 @@ def test_masked_ratio_is_at_the_site_of_a_hidden_base(contig, genome, vcf):
     letters = "ACGT"
     truth = logp[7 + letters.index(row["alt"])] - logp[7 + letters.index(row["ref"])]
     assert row["llr"] == pytest.approx(float(truth), abs=1e-5)
-    lengths = {(len(row["ref"]), len(row["alt"])): row["llr"] for row in rows if row["status"] == "scored"}
-    assert lengths[3, 3] is not None
-    assert lengths[1, 8] is None
+
+
+def test_masked_ratio_of_indels_hides_as_many_bases_in_both(contig, genome, vcf):
+    model = build("bidirectional")
+
+    def hidden_nats(text, first, count):
+        ids = torch.from_numpy(alphabet.from_text(text).copy())[None]
+        true = ids[0, first : first + count].long()
+        ids[0, first : first + count] = 3
+        with torch.no_grad():
+            logp = model.logits(model(ids)).log_softmax(-1)[0, first : first + count]
+        return float(logp.gather(1, true[:, None]).sum())
+
+    rc = alphabet.reverse_complement_text
+    forward = score(model, vcf=vcf, genome=genome, window=64, strand="forward").table.to_pylist()
+    both = score(model, vcf=vcf, genome=genome, window=64).table.to_pylist()
+    found = {(len(row["ref"]), len(row["alt"])): at for at, row in enumerate(forward) if row["status"] == "scored"}
+    variant = normalise(Variant("chr20", 199, contig[199], contig[199] + "GATTACA"), alphabet.from_text(contig))
+    site, insertion, at = variant.start, variant.alt, variant.start - 32
+    reference = contig[at : at + 64]
+    changed = reference[:32] + insertion + reference[33 : 64 - 7]
+    truth = hidden_nats(changed, 32, 8) - hidden_nats(reference, 32, 8)
+    assert forward[found[1, 8]]["llr"] == pytest.approx(truth, abs=1e-4)
+    changed = rc(contig[at + 7 : site] + insertion + contig[site + 1 : at + 64])
+    other = hidden_nats(changed, 31, 8) - hidden_nats(rc(reference), 31, 8)
+    assert both[found[1, 8]]["llr"] == pytest.approx((truth + other) / 2, abs=1e-4)
+    assert forward[found[6, 1]]["llr"] is not None
+    # At the contig's very end fewer bases are left to hide, but there is an answer.
+    assert forward[found[4, 1]]["llr"] is not None
 
 
 def test_distances(contig, genome, vcf):

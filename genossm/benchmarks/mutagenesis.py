@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from genossm.benchmarks.base import Comparison, Run
@@ -29,7 +30,7 @@ def compare(name: str, config: BackboneConfig, device: torch.device) -> Comparis
         torch.manual_seed(0)
         model = config.build().to(device).eval()
         genome = Genome(bundled("fa.gz"))
-        codes = genome.codes(next(iter(genome.contigs)))[:LENGTH] & 0x7F
+        codes = genome.codes(next(iter(genome.contigs)))[:LENGTH] & np.uint8(0x7F)
         rows = TOKENS[device.type] // LENGTH
         ids_BL = torch.from_numpy(codes).repeat(rows, 1).to(device)
 

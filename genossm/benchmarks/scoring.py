@@ -31,7 +31,7 @@ def compare(alleles: int, device: torch.device) -> Comparison:
         model = MambaConfig(d_model=32, n_layer=2).build().to(device).eval()
         genome = Genome(bundled("fa.gz"))
         contig = next(iter(genome.contigs))
-        codes = genome.codes(contig) & 0x7F
+        codes = genome.codes(contig) & np.uint8(0x7F)
         places = np.linspace(WINDOW, len(codes) - WINDOW, -(-COUNT // alleles)).astype(int).tolist()
         variants = [
             (at, base)
@@ -47,7 +47,7 @@ def compare(alleles: int, device: torch.device) -> Comparison:
         @torch.inference_mode()
         def independent() -> None:
             for first in range(0, COUNT, together):
-                rows = []
+                rows: list[torch.Tensor] = []
                 for at, base in variants[first : first + together]:
                     reference = codes[at - WINDOW // 2 : at + WINDOW // 2]
                     changed = reference.copy()
