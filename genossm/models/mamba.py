@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from genossm.models.base import Backbone, BackboneConfig
-from genossm.nn.attention import Attention, Rotary, check_heads
+from genossm.nn.attention import Attention, Rotary, attend_documents, check_heads
 from genossm.nn.block import Block
 from genossm.nn.mamba import GatedMLP, Mamba, Mamba2, Mamba2Shape, MambaShape, StepInit, init_mamba_
 
@@ -164,8 +164,10 @@ class CausalAttention(Attention):
     """Attention among Mamba layers: padding stands on the right, where a causal layer doesn't look."""
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None, resets_BL: Tensor | None = None) -> Tensor:
-        """Mix along time; lengths change nothing, and documents never come here (see `MambaLM.packs`)."""
-        return super().forward(x_BLD)
+        """Mix along time, each document by itself; lengths change nothing."""
+        if resets_BL is None:
+            return super().forward(x_BLD)
+        return self.out_proj(attend_documents(*self._project(x_BLD), resets_BL, self.dropout).flatten(2))
 
 
 class MambaLM(Backbone):
@@ -208,7 +210,7 @@ class MambaLM(Backbone):
 
     @property
     def packs(self) -> bool:
-        return not self.config.attn_layer_idx
+        return True
 
     def context(self, length: int, lengths_B: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor | None, ...]:
         # Padding stands on the right, where no causal layer looks.

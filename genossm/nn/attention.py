@@ -122,6 +122,29 @@ def attend(
     return y_BHLP.transpose(1, 2)
 
 
+def attend_documents(q_BLHP: Tensor, k_BLGP: Tensor, v_BLGP: Tensor, resets_BL: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attend causally inside each document of packed rows: no query sees a key of another document.
+
+    Each document runs by itself, so that time and memory are those of the documents and not of the row squared.
+
+    Args:
+        q_BLHP, k_BLGP, v_BLGP: see `attend`.
+        resets_BL: true where a document starts; a row's first position always does.
+        dropout: share of the weights that are dropped.
+
+    Returns:
+        y_BLHP.
+    """
+    length = q_BLHP.shape[1]
+    rows: list[Tensor] = []
+    for row, resets_L in enumerate(resets_BL.tolist()):
+        starts = [0, *(t for t in range(1, length) if resets_L[t])]
+        sizes = [end - start for start, end in zip(starts, [*starts[1:], length], strict=True)]
+        documents = zip(*(x[row : row + 1].split(sizes, dim=1) for x in (q_BLHP, k_BLGP, v_BLGP)), strict=True)
+        rows.append(torch.cat([attend(q, k, v, dropout=dropout) for q, k, v in documents], dim=1))
+    return torch.cat(rows)
+
+
 class Attention(nn.Module):
     """Multi-head attention as a mixer: projections, rotary positions, `attend`, projection.
 

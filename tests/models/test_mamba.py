@@ -81,10 +81,22 @@ def test_impossible_shapes_are_refused(config, values, message):
         config(**values)
 
 
-def test_a_hybrid_refuses_packed_documents():
-    model = MambaConfig(d_model=16, n_layer=2, attn_layer_idx=[1], n_head=2).build()
-    with pytest.raises(ValueError, match="can't keep packed documents apart"):
-        model(torch.full((1, 4), 7), resets_BL=torch.ones(1, 4, dtype=torch.bool))
+@pytest.mark.parametrize("config", [MambaConfig, Mamba2Config])
+def test_no_document_of_a_hybrid_leaks_into_another(config):
+    model = config(d_model=64, n_layer=3, attn_layer_idx=[1], n_head=4, n_kv_head=2).build().eval()
+    ids, starts = torch.randint(7, 11, (2, 30)), torch.zeros(2, 30, dtype=torch.bool)
+    # The borders differ from row to row, and a row's first document needs no mark.
+    starts[0, [0, 9, 10]] = starts[1, 17] = True
+    x = model(ids, resets_BL=starts)
+    changed = ids.clone()
+    changed[0, 9] = 17 - changed[0, 9]
+    changed[1, :17] = 17 - changed[1, :17]
+    y = model(changed, resets_BL=starts)
+    assert torch.equal(x[0, :9], y[0, :9])
+    assert not torch.allclose(x[0, 9], y[0, 9], atol=1e-4)
+    torch.testing.assert_close(x[0, 10:], y[0, 10:])
+    torch.testing.assert_close(x[1, 17:], y[1, 17:])
+    torch.testing.assert_close(x[1:, 17:], model(ids[1:, 17:]), atol=1e-5, rtol=1e-5)
 
 
 def test_resets_of_another_shape_are_refused():

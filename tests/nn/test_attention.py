@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from genossm.nn.attention import Attention, Rotary, attend, attend_ref
+from genossm.nn.attention import Attention, Rotary, attend, attend_documents, attend_ref
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])
@@ -23,6 +23,20 @@ def test_equals_reference_forward_and_backward(groups, length, known, masked, ca
         "qkv", torch.autograd.grad(fast, inputs, weight), torch.autograd.grad(truth, inputs, weight), strict=True
     ):
         torch.testing.assert_close(got, want, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+def test_documents_equal_the_reference_run_on_each():
+    q, k, v = (torch.randn(2, 11, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    resets = torch.zeros(2, 11, dtype=torch.bool)
+    resets[0, [3, 4]] = resets[1, 0] = True
+    fast = attend_documents(q, k, v, resets)
+    truth = torch.zeros_like(fast)
+    for row, first, last in ((0, 0, 3), (0, 3, 4), (0, 4, 11), (1, 0, 11)):
+        truth[row, first:last] = attend_ref(*(x[row : row + 1, first:last] for x in (q, k, v)))[0]
+    torch.testing.assert_close(fast, truth)
+    weight = torch.randn_like(truth)
+    for got, want in zip(*(torch.autograd.grad(y, [q, k, v], weight) for y in (fast, truth)), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_rotary_is_the_complex_turn_of_the_paper():
