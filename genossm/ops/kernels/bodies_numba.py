@@ -103,6 +103,9 @@ def scan_forward(
     for item in range(job, batch * blocks, jobs):
         b, d0 = item // blocks, (item % blocks) * BLOCK
         w = min(BLOCK, width - d0)
+        d1 = d0 + w
+        # Slices count from 0: an index like d0 + j might be below it for all that the compiler knows.
+        bias_w, D_w = bias[d0:d1], D[d0:d1]
         for n in range(states):
             for j in range(w):
                 rate[n, j] = A_NE[n, d0 + j]
@@ -115,12 +118,13 @@ def scan_forward(
                         kept[b, s // CHUNK, n, d0 + j] = h[n, j]
             if has_drop and drop_BL[b, t]:
                 h[:] = _ZERO
+            u_w, dt_w = u[b, t, d0:d1], dt[b, t, d0:d1]
             for j in range(w):
-                d = _softplus(dt[b, t, d0 + j] + bias[d0 + j])
-                x = u[b, t, d0 + j]
+                d = _softplus(dt_w[j] + bias_w[j])
+                x = u_w[j]
                 step[j] = d
                 entering[j] = d * x
-                out[j] = D[d0 + j] * x
+                out[j] = D_w[j] * x
             for n in range(states):
                 bb = B[b, t, n]
                 cc = C[b, t, n]
@@ -128,13 +132,15 @@ def scan_forward(
                     v = _exp(step[j] * rate[n, j]) * h[n, j] + entering[j] * bb
                     h[n, j] = v
                     out[j] += cc * v
+            y_w = y[b, t, d0:d1]
             if has_z:
+                z_w = z[b, t, d0:d1]
                 for j in range(w):
-                    gate = z[b, t, d0 + j]
-                    y[b, t, d0 + j] = out[j] * gate * _sigmoid(gate)
+                    gate = z_w[j]
+                    y_w[j] = out[j] * gate * _sigmoid(gate)
             else:
                 for j in range(w):
-                    y[b, t, d0 + j] = out[j]
+                    y_w[j] = out[j]
         for n in range(states):
             for j in range(w):
                 last[b, n, d0 + j] = h[n, j]
@@ -167,6 +173,8 @@ def scan_backward(
         b, block = item // blocks, item % blocks
         d0 = block * BLOCK
         w = min(BLOCK, width - d0)
+        d1 = d0 + w
+        bias_w, D_w, dbias_w, dD_w = bias[d0:d1], D[d0:d1], dbias[job, d0:d1], dD[job, d0:d1]
         length = lens_B[b]
         for n in range(states):
             for j in range(w):
@@ -183,41 +191,46 @@ def scan_backward(
                 i = s - s0
                 t = length - 1 - s if reverse else s
                 stays = _ZERO if has_drop and drop_BL[b, t] else _ONE
+                u_w, dt_w = u[b, t, d0:d1], dt[b, t, d0:d1]
+                step_w, slope_w, out_w = step[i], slope[i], out[i]
                 for j in range(w):
-                    raw = dt[b, t, d0 + j] + bias[d0 + j]
+                    raw = dt_w[j] + bias_w[j]
                     d = _softplus(raw)
-                    x = u[b, t, d0 + j]
-                    slope[i, j] = _sigmoid(raw)
-                    step[i, j] = d
+                    x = u_w[j]
+                    slope_w[j] = _sigmoid(raw)
+                    step_w[j] = d
                     entering[j] = d * x
-                    out[i, j] = D[d0 + j] * x
+                    out_w[j] = D_w[j] * x
                 for n in range(states):
                     bb = B[b, t, n]
                     cc = C[b, t, n]
                     for j in range(w):
-                        a = _exp(step[i, j] * rate[n, j]) * stays
+                        a = _exp(step_w[j] * rate[n, j]) * stays
                         decay[i, n, j] = a
                         v = a * h[i, n, j] + entering[j] * bb
                         h[i + 1, n, j] = v
-                        out[i, j] += cc * v
+                        out_w[j] += cc * v
             for s in range(s1 - 1, s0 - 1, -1):
                 i = s - s0
                 t = length - 1 - s if reverse else s
+                u_w, dout_w = u[b, t, d0:d1], dout[b, t, d0:d1]
+                step_w, slope_w, out_w = step[i], slope[i], out[i]
                 if has_z:
+                    z_w, dz_w = z[b, t, d0:d1], dz[b, t, d0:d1]
                     for j in range(w):
-                        gate = z[b, t, d0 + j]
+                        gate = z_w[j]
                         sg = _sigmoid(gate)
-                        do = dout[b, t, d0 + j]
-                        dz[b, t, d0 + j] = do * out[i, j] * sg * (_ONE + gate * (_ONE - sg))
+                        do = dout_w[j]
+                        dz_w[j] = do * out_w[j] * sg * (_ONE + gate * (_ONE - sg))
                         dy[j] = do * gate * sg
                 else:
                     for j in range(w):
-                        dy[j] = dout[b, t, d0 + j]
+                        dy[j] = dout_w[j]
                 for j in range(w):
-                    entering[j] = step[i, j] * u[b, t, d0 + j]
+                    entering[j] = step_w[j] * u_w[j]
                     dentering[j] = _ZERO
                     dstep[j] = _ZERO
-                    dD[job, d0 + j] += dy[j] * u[b, t, d0 + j]
+                    dD_w[j] += dy[j] * u_w[j]
                 for n in range(states):
                     bb = B[b, t, n]
                     cc = C[b, t, n]
@@ -231,16 +244,16 @@ def scan_backward(
                         back = v * decay[i, n, j]
                         q = back * h[i, n, j]
                         dstep[j] += q * rate[n, j]
-                        drate[n, j] += q * step[i, j]
+                        drate[n, j] += q * step_w[j]
                         g[n, j] = back
                     dC[block, b, t, n] = sum_c
                     dB[block, b, t, n] = sum_b
+                du_w, ddt_w = du[b, t, d0:d1], ddt[b, t, d0:d1]
                 for j in range(w):
-                    x = u[b, t, d0 + j]
-                    du[b, t, d0 + j] = D[d0 + j] * dy[j] + step[i, j] * dentering[j]
-                    r = (x * dentering[j] + dstep[j]) * slope[i, j]
-                    ddt[b, t, d0 + j] = r
-                    dbias[job, d0 + j] += r
+                    du_w[j] = D_w[j] * dy[j] + step_w[j] * dentering[j]
+                    r = (u_w[j] * dentering[j] + dstep[j]) * slope_w[j]
+                    ddt_w[j] = r
+                    dbias_w[j] += r
         for n in range(states):
             for j in range(w):
                 dA[job, n, d0 + j] += drate[n, j]
@@ -291,47 +304,75 @@ def conv_forward(x, w_WE, bias, lens_B, seen_BL, h0_BWE, has_seen, silu, reverse
 def conv_backward(
     x, w_WE, bias, lens_B, seen_BL, h0_BWE, has_seen, silu, reverse, dout, dx, dw, dbias, dh0_BWE, job, jobs
 ):
-    """Run the convolution's backward pass; dx and dh0 start at 0, dw and dbias hold one part a job."""
+    """Run the convolution's backward pass; dw and dbias hold one part a job.
+
+    The gradients of the last W steps wait in a ring, until all that read an input are there.
+    """
     batch, _, width = x.shape
     taps = w_WE.shape[0]
     blocks = (width + BLOCK - 1) // BLOCK
+    ring = np.empty((taps, BLOCK), _f)
+    firsts = np.empty(taps, np.int64)
     acc = np.empty(BLOCK, _f)
+    w_sum = np.empty((taps, BLOCK), _f)
     for item in range(job, batch * blocks, jobs):
         b, d0 = item // blocks, (item % blocks) * BLOCK
         w = min(BLOCK, width - d0)
-        for s in range(lens_B[b]):
-            t = lens_B[b] - 1 - s if reverse else s
-            back = 1 if reverse else -1
-            first = seen_BL[b, t] if has_seen else 1 - taps
-            for j in range(w):
-                acc[j] = bias[d0 + j]
-            if silu:
-                for k in range(taps):
-                    if s - k < first:
-                        continue
-                    if s - k >= 0:
-                        for j in range(w):
-                            acc[j] += w_WE[taps - 1 - k, d0 + j] * x[b, t + k * back, d0 + j]
-                    else:
-                        for j in range(w):
-                            acc[j] += w_WE[taps - 1 - k, d0 + j] * h0_BWE[b, taps - 1 + s - k, d0 + j]
-                for j in range(w):
-                    v = acc[j]
-                    sg = _sigmoid(v)
-                    acc[j] = dout[b, t, d0 + j] * sg * (_ONE + v * (_ONE - sg))
-            else:
-                for j in range(w):
-                    acc[j] = dout[b, t, d0 + j]
-            for j in range(w):
-                dbias[job, d0 + j] += acc[j]
-            for k in range(taps):
-                if s - k < first:
-                    continue
-                if s - k >= 0:
+        d1 = d0 + w
+        # Slices count from 0: an index like d0 + j might be below it for all that the compiler knows.
+        bias_w, dbias_w = bias[d0:d1], dbias[job, d0:d1]
+        length = lens_B[b]
+        back = 1 if reverse else -1
+        ring[:] = _ZERO
+        w_sum[:] = _ZERO
+        firsts[:] = 1 - taps
+        for s in range(length + taps - 1):
+            t = length - 1 - s if reverse else s
+            g = ring[s % taps]
+            first = 1 - taps
+            if s < length:
+                first = seen_BL[b, t] if has_seen else first
+                do = dout[b, t, d0:d1]
+                if silu:
                     for j in range(w):
-                        dx[b, t + k * back, d0 + j] += w_WE[taps - 1 - k, d0 + j] * acc[j]
-                        dw[job, taps - 1 - k, d0 + j] += acc[j] * x[b, t + k * back, d0 + j]
+                        acc[j] = bias_w[j]
+                    for k in range(taps):
+                        if s - k >= first:
+                            row = x[b, t + k * back, d0:d1] if s >= k else h0_BWE[b, taps - 1 + s - k, d0:d1]
+                            tap = w_WE[taps - 1 - k, d0:d1]
+                            for j in range(w):
+                                acc[j] += tap[j] * row[j]
+                    for j in range(w):
+                        v = acc[j]
+                        sg = _sigmoid(v)
+                        g[j] = do[j] * sg * (_ONE + v * (_ONE - sg))
                 else:
                     for j in range(w):
-                        dh0_BWE[b, taps - 1 + s - k, d0 + j] += w_WE[taps - 1 - k, d0 + j] * acc[j]
-                        dw[job, taps - 1 - k, d0 + j] += acc[j] * h0_BWE[b, taps - 1 + s - k, d0 + j]
+                        g[j] = do[j]
+                for j in range(w):
+                    dbias_w[j] += g[j]
+                for k in range(taps):
+                    if s - k >= first:
+                        row = x[b, t + k * back, d0:d1] if s >= k else h0_BWE[b, taps - 1 + s - k, d0:d1]
+                        total = w_sum[taps - 1 - k]
+                        for j in range(w):
+                            total[j] += g[j] * row[j]
+            else:
+                for j in range(w):
+                    g[j] = _ZERO
+            firsts[s % taps] = first
+            p = s - taps + 1
+            end = length - 1 - p if reverse else p
+            row = dx[b, end, d0:d1] if p >= 0 else dh0_BWE[b, taps - 1 + p, d0:d1]
+            for j in range(w):
+                acc[j] = _ZERO
+            for k in range(taps):
+                if firsts[(s - taps + 1 + k) % taps] <= p:
+                    g, tap = ring[(s - taps + 1 + k) % taps], w_WE[taps - 1 - k, d0:d1]
+                    for j in range(w):
+                        acc[j] += tap[j] * g[j]
+            for j in range(w):
+                row[j] = acc[j]
+        for k in range(taps):
+            for j in range(w):
+                dw[job, k, d0 + j] += w_sum[k, j]
