@@ -1,25 +1,46 @@
-"""Measure on a GPU: pretraining on human chr20, then splice sites from fresh and from pretrained weights.
+"""Measure fine-tuning on GPUs: pretraining on human chr20, then real tasks from fresh and from pretrained weights.
 
-    python scripts/show_finetuning.py --chr20 human_GRCh37_chr20.fa.gz --splice human_chr20_splice_400.tsv.gz --out DIR
+    python scripts/show_finetuning.py --data DIR --out DIR --gpus 2 --seconds 500
 
-Pretraining sees random 1,024-bp windows of 0.06-48 Mb and is tested on 2,048 fixed windows of 50.0-62.9 Mb, in which
-all test sites lie. Each splice run has the same epochs, batches and best-validation rule; 10 % of train, drawn by the
-seed, is validation, and test is looked at once. Prints one table and writes DIR/results.json after every run, so that
-what is done is kept when time runs out.
+DIR of --data holds human_GRCh37_chr20.fa.gz, human_chr20_splice_400.tsv.gz, the chr20 parts of GenomicBenchmarks
+(*.chr20.tsv.gz, *.subset.tsv.gz) and nt_downstream_revised.train_sample1500.tsv.gz; what is missing is left out.
+
+1. pretraining: HyenaDNA and Caduceus-Ph, one a GPU, for --pretrain-seconds each, on random 1,024-bp windows of
+   0.06-48 Mb without the test rows of every task; bits per base on 2,048 fixed windows of 50.0-62.9 Mb.
+2. tasks: every setting (task, backbone, fresh or pretrained) runs with seed 1 under each of two optimizers; the one
+   with the better validation accuracy then runs with seeds 2 and 3. A tenth of train, drawn by the seed, is
+   validation, the best epoch is tested once. Fresh and pretrained weights have the same epochs, batches and choices.
+3. k-mers (1 to 5, logistic regression) on the same rows.
+
+results.json in --out is written after every cell, results.md at the end; what is there already is not run again.
+--tiny runs every cell in a minute or two on a CPU.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "hyenadna": {"model_type": "hyenadna", "d_model": 128, "n_layer": 2},
-    "hyenadna-both": {"model_type": "hyenadna", "d_model": 128, "n_layer": 2, "bidirectional": True},
+    "hyenadna": {"model_type": "hyenadna", "d_model": 128, "n_layer": 2, "max_length": 1026},
+    "hyenadna-both": {
+        "model_type": "hyenadna",
+        "d_model": 128,
+        "n_layer": 2,
+        "max_length": 1026,
+        "bidirectional": True,
+    },
     "caduceus-ph": {"model_type": "caduceus", "d_model": 118, "n_layer": 4},
     "caduceus-ps": {"model_type": "caduceus", "d_model": 118, "n_layer": 4, "rcps": True},
     "transformer": {"model_type": "transformer", "d_model": 128, "n_layer": 4, "n_head": 4, "causal": False},
@@ -27,227 +48,561 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """The small shape of each backbone; HyenaDNA and Caduceus have the sizes of the published 1k models."""
 
-PRETRAINED = {"hyenadna": 1.2e-3, "caduceus-ph": 4e-3}
-"""What is pretrained, and the peak learning rate."""
+PRETRAINED = ("hyenadna", "caduceus-ph")
+MUON = ["optim.optimizer=muon", "optim.matrix_lr=0.01", "optim.lr=2e-3", "optim.weight_decay=0.01"]
+OPTIONS: dict[str, list[str]] = {"adamw 1e-3": ["optim.lr=1e-3"], "muon 0.01": MUON}
+"""The optimizers that each setting chooses from by its validation accuracy."""
 
 LENGTH = 1024
+SEEDS = (1, 2, 3)
+SPLICE = "splice"
+NT = "nt_sample"
+EPOCHS = {SPLICE: 20, NT: 20}
+"""Passes over train; the parts of GenomicBenchmarks take 15."""
+TEST, VAL, TRAIN = (50_000_000, 62_900_000), (48_500_000, 49_500_000), (60_000, 48_000_000)
 
 
 def main() -> None:
-    """Run the stages asked for."""
+    """Run the stages asked for until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chr20", type=Path, help="FASTA of human chr20 (GRCh37)")
-    parser.add_argument("--splice", type=Path, required=True, help="table of splice sites")
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and the pretrained models")
-    parser.add_argument("--pretrain-seconds", type=float, default=110.0, help="of training, a model; 0 skips it")
-    parser.add_argument("--rows", type=int, default=256, help="windows of a pretraining batch")
-    parser.add_argument("--windows", type=int, default=2048, help="windows of the pretraining test")
-    parser.add_argument("--epochs", type=float, default=20, help="of each splice run")
-    parser.add_argument("--cell-seconds", type=int, default=150, help="of training, at most, of each splice run")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting")
-    parser.add_argument("--jobs", type=int, default=4, help="splice runs at a time on the one GPU")
-    parser.add_argument("--only", nargs="*", help="names of the splice settings to run")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the genome and the tables")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results and the pretrained models")
+    parser.add_argument("--have", type=Path, help="--out of an earlier run to go on from")
+    parser.add_argument("--seconds", type=float, default=500, help="after which everything stops by itself")
+    parser.add_argument("--pretrain-seconds", type=float, default=110, help="of training, a model; 0 skips it")
+    parser.add_argument("--rows", type=int, default=128, help="windows of a pretraining batch")
+    parser.add_argument("--matrix-lr", type=float, default=0.02, help="of Muon in pretraining")
+    parser.add_argument("--gpus", type=int, default=1, help="workers are dealt out over so many")
+    parser.add_argument("--jobs", type=int, default=7, help="cells at a time on a GPU")
+    parser.add_argument("--only", nargs="*", default=[], help="words of which one must be in a cell's name")
+    parser.add_argument("--tiny", action="store_true", help="every cell with a few rows and steps")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
-    if arguments.pretrain_seconds > 0 and arguments.chr20:
-        for name, rate in PRETRAINED.items():
-            results.append(pretrain(name, rate, arguments))
-            keep(results, arguments.out)
-    fine_tune_all(arguments, results)
-    keep(results, arguments.out)
-    show(results)
+    show = Show(arguments)
+    threading.Thread(target=show.stop_in_time, daemon=True).start()
+    show.run()
+    show.finish(0)
 
 
-def keep(results: list[dict[str, Any]], folder: Path) -> None:
-    """Write all results so far."""
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+class Show:
+    """The cells, what they gave, and the processes that run them."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.began = time.monotonic()
+        self.arguments = arguments
+        self.out: Path = arguments.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        have = arguments.have or self.out
+        if have != self.out:
+            shutil.copytree(have, self.out, dirs_exist_ok=True)
+        file = self.out / "results.json"
+        self.results: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+        self.results = [row for row in self.results if "error" not in row]
+        self.lock = threading.Lock()
+        self.pools: set[ProcessPoolExecutor] = set()
+        self.tasks = tasks_of(arguments.data)
+        self.waiting = [cell for cell in first_cells(self.tasks, arguments) if self.wanted(cell)]
+        self.begun = {cell["name"] for cell in self.waiting}
+        self.waiting += self.following()
+        self.running = 0
+        self.pretraining: set[str] = set()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.began:5.0f} s] {text}", flush=True)
+
+    def wanted(self, cell: dict[str, Any]) -> bool:
+        words, done = self.arguments.only, {row["name"] for row in self.results}
+        return cell["name"] not in done and (not words or any(word in cell["name"] for word in words))
+
+    def left(self) -> float:
+        return self.arguments.seconds - (time.monotonic() - self.began)
+
+    def run(self) -> None:
+        """Pretrain one model a GPU, then serve the cells with several workers a GPU."""
+        arguments = self.arguments
+        self.say(f"{len(self.waiting)} cells; tasks {', '.join(self.tasks)}")
+        bed = arguments.data / "pretrain.bed"
+        names = [name for name in PRETRAINED if not (self.out / name).exists()]
+        fasta = arguments.data / "human_GRCh37_chr20.fa.gz"
+        if names and fasta.exists() and arguments.pretrain_seconds > 0:
+            if not bed.exists():
+                bed = self.out / "pretrain.bed"
+                bed.write_text(pretraining_bed(fasta, self.tasks.values()))
+                self.say(f"wrote {bed}")
+            self.pretraining = set(names)
+        threads = [
+            threading.Thread(target=self.pretrain, args=(names[gpu :: arguments.gpus], gpu, fasta, bed))
+            for gpu in range(min(arguments.gpus, len(self.pretraining)))
+        ]
+        threads += [
+            threading.Thread(target=self.serve, args=(worker % arguments.gpus,))
+            for worker in range(arguments.jobs * arguments.gpus)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def pool(self, gpu: int) -> ProcessPoolExecutor:
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=bind, initargs=(gpu,))
+        self.pools.add(pool)
+        return pool
+
+    def pretrain(self, names: list[str], gpu: int, fasta: Path, bed: Path) -> None:
+        pool = self.pool(gpu)
+        for name in names:
+            try:
+                row = pool.submit(pretrain, name, str(fasta), str(bed), vars(self.arguments)).result()
+            except Exception as error:
+                row = {"stage": "pretraining", "name": f"pretraining {name}", "error": short(error)}
+            self.keep(row)
+            self.pretraining.discard(name)
+        pool.shutdown(wait=False)
+
+    def serve(self, gpu: int) -> None:
+        """Run cells in a process of this thread's own; a killed one takes its cell with it, and a new one goes on."""
+        pool = self.pool(gpu)
+        while (cell := self.next_cell()) is not None:
+            if not cell:
+                time.sleep(0.5)
+                continue
+            began = time.monotonic()
+            try:
+                found = pool.submit(RUNNERS[cell["stage"]], cell, vars(self.arguments)).result()
+            except BrokenProcessPool as error:
+                found, pool = {"error": short(error)}, self.pool(gpu)
+            except Exception as error:
+                found = {"error": short(error)}
+            self.keep({**cell, **found, "wall": round(time.monotonic() - began, 1)})
+            with self.lock:
+                self.running -= 1
+                self.waiting += self.following()
+        pool.shutdown(wait=False)
+
+    def next_cell(self) -> dict[str, Any] | None:
+        """Return a cell that can run now, {} where one has to wait, None where none is left or time is up."""
+        with self.lock:
+            if self.left() < 25 or not (self.waiting or self.running):
+                return None
+            for number, cell in enumerate(self.waiting):
+                if cell["stage"] == "kmers" or not (self.pretraining or self.missing(cell)):
+                    self.running += 1
+                    return self.waiting.pop(number)
+            if not self.pretraining and not self.running:
+                return None  # What is left needs a model that failed.
+            return {}
+
+    def missing(self, cell: dict[str, Any]) -> bool:
+        return cell["weights"] == "pretrained" and not (self.out / cell["model"] / "config.json").exists()
+
+    def following(self) -> list[dict[str, Any]]:
+        """Return the cells of the other seeds of each setting whose options have all run with the first."""
+        settings: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for row in self.results:
+            if row["stage"] == "tune" and row["seed"] == SEEDS[0]:
+                settings.setdefault((row["task"], row["model"], row["weights"]), []).append(row)
+        cells: list[dict[str, Any]] = []
+        for setting, rows in settings.items():
+            good = [row for row in rows if "error" not in row]
+            if good and len(rows) >= len(OPTIONS):
+                best = max(good, key=lambda row: row["val/accuracy"])["option"]
+                cells += [tune_cell(*setting, best, seed) for seed in SEEDS[1:]]
+        cells = [cell for cell in cells if cell["name"] not in self.begun and self.wanted(cell)]
+        self.begun |= {cell["name"] for cell in cells}
+        return cells
+
+    def keep(self, row: dict[str, Any]) -> None:
+        with self.lock:
+            self.results.append(row)
+            temporary = self.out / ".results.json"
+            temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+            temporary.rename(self.out / "results.json")
+        self.say(json.dumps({k: v for k, v in row.items() if k not in ("table", "overrides")}))
+
+    def stop_in_time(self) -> None:
+        while self.left() > 0:
+            time.sleep(0.5)
+        self.say("time is up")
+        self.finish(0)
+
+    def finish(self, code: int) -> None:
+        """Write the tables and end, with the processes that were started here."""
+        try:
+            (self.out / "results.md").write_text(markdown(self.results))
+            print(markdown(self.results), flush=True)
+        except Exception:
+            traceback.print_exc()
+        for pool in list(self.pools):
+            for process in list((getattr(pool, "_processes", None) or {}).values()):
+                process.kill()
+        sys.stdout.flush()
+        os._exit(code)
 
 
-def pretrain(name: str, rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train a backbone on chr20 for about the seconds given and measure it on the held-out end."""
+def short(error: BaseException) -> str:
+    """Return an error in a line."""
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def bind(gpu: int) -> None:
+    """Show this process one GPU and give it two threads."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[gpu]
+    os.environ["OMP_NUM_THREADS"] = "2"
+
+
+def tasks_of(folder: Path) -> dict[str, Path]:
+    """Return the tables that are there, by the names of their tasks."""
+    found = {SPLICE: folder / "human_chr20_splice_400.tsv.gz"}
+    for path in sorted([*folder.glob("*.chr20.tsv.gz"), *folder.glob("*.subset.tsv.gz")]):
+        found[path.name.split(".")[0]] = path
+    found[NT] = folder / "nt_downstream_revised.train_sample1500.tsv.gz"
+    return {name: path for name, path in found.items() if path.exists()}
+
+
+def first_cells(tasks: dict[str, Path], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the k-mer cells and those of the first seed, the longest first."""
+    cells = [
+        {
+            "stage": "kmers",
+            "name": f"{task}, k-mers, seed {seed}",
+            "task": task,
+            "weights": "",
+            "model": "",
+            "seed": seed,
+        }
+        for task in tasks
+        for seed in SEEDS
+    ]
+    settings = [(SPLICE, model, "fresh") for model in SHAPES if SPLICE in tasks]
+    settings += [(task, model, w) for w in ("fresh", "pretrained") for task in tasks for model in PRETRAINED]
+    for task, model, weights in dict.fromkeys(settings):
+        cells += [tune_cell(task, model, weights, option, SEEDS[0]) for option in OPTIONS]
+    return cells
+
+
+def tune_cell(task: str, model: str, weights: str, option: str, seed: int) -> dict[str, Any]:
+    """Return one fine-tuning run."""
+    return {
+        "stage": "tune",
+        "name": f"{task}, {model}, {weights}, {option}, seed {seed}",
+        "task": task,
+        "model": model,
+        "weights": weights,
+        "option": option,
+        "seed": seed,
+    }
+
+
+def pretraining_bed(fasta: Path, tables: Any) -> str:
+    """Return the intervals of pretraining: train without every test row of the tables, found by their letters.
+
+    A 32-mer of a test row, on either strand, marks its place in the chromosome; rows of spliced messengers are found
+    exon by exon this way. What is left between test rows is used where a window fits.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from genossm.dna import alphabet
+    from genossm.dna.genome import Genome
+
+    def codes_of(bases: Any) -> tuple[Any, Any]:
+        """Return a 64-bit code of each 32-mer and whether it holds no N."""
+        base = (bases & np.uint8(0x7F)).astype(np.uint64) - np.uint64(alphabet.A)
+        known = base < 4
+        code, size = base & np.uint64(3), 1
+        while size < 32:
+            code = (code[:-size] << np.uint64(2 * size)) | code[size:]
+            known = known[:-size] & known[size:]
+            size *= 2
+        return code, known
+
+    wanted: list[Any] = []
+    for path in tables:
+        table = pd.read_csv(path, sep="\t")
+        if "split" not in table or "seq" not in table:
+            continue
+        for text in table.loc[table["split"] == "test", "seq"]:
+            if len(text) >= 32:
+                bases = alphabet.from_text(text)
+                wanted += [codes_of(strand)[0] for strand in (bases, alphabet.reverse_complement(bases))]
+    keys = np.unique(np.concatenate(wanted))
+    genome = Genome(str(fasta))
+    name = next(iter(genome.contigs))
+    covered = np.zeros(genome.contigs[name] + 1, np.int32)
+    bases = genome.codes(name)
+    for first in range(TRAIN[0], TRAIN[1], 1 << 22):
+        last = min(TRAIN[1], first + (1 << 22) + 31)
+        code, known = codes_of(np.asarray(bases[first:last]))
+        hits = first + np.flatnonzero(known & (keys[np.searchsorted(keys, code).clip(max=len(keys) - 1)] == code))
+        np.add.at(covered, hits, 1)
+        np.add.at(covered, hits + 32, -1)
+    free = np.concatenate([[False], (np.cumsum(covered) == 0)[TRAIN[0] : TRAIN[1]], [False]]).astype(np.int8)
+    starts, ends = np.flatnonzero(np.diff(free) == 1) + TRAIN[0], np.flatnonzero(np.diff(free) == -1) + TRAIN[0]
+    kept = [(s, e) for s, e in zip(starts.tolist(), ends.tolist(), strict=True) if e - s > LENGTH]
+    lines = [f"{name}\t{s}\t{e}\ttrain\n" for s, e in kept]
+    return "".join([*lines, *(f"{name}\t{s}\t{e}\t{split}\n" for (s, e), split in ((VAL, "val"), (TEST, "test")))])
+
+
+def pretrain(name: str, fasta: str, bed: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train a backbone for the seconds given, the rate falling with the clock, and measure it on the held-out end."""
     import lightning as L
     import torch
 
     from genossm import checkpoint
+    from genossm.callbacks import StopAtNaN
     from genossm.data.datamodule import GenomeWindows
-    from genossm.models.base import config_from_dict
-    from genossm.optim import Optim
     from genossm.tasks.causal_lm import CausalLM
     from genossm.tasks.masked_lm import MaskedLM
-    from genossm.train import build_trainer
+    from genossm.train import build_trainer, quieten
 
-    bed = arguments.out / "chr20.bed"
-    bed.write_text("20\t60000\t48000000\ttrain\n20\t48500000\t49500000\tval\n20\t50000000\t62900000\ttest\n")
+    quieten()
     L.seed_everything(1, verbose=False)
-    shape = SHAPES[name] | ({"max_length": LENGTH + 2} if name == "hyenadna" else {})
-    model = config_from_dict(shape).build()
-    optim = Optim(lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    task_class = CausalLM if model.causal else MaskedLM
+    tiny, gpu = arguments["tiny"], torch.cuda.is_available()
+    seconds = min(3.0, arguments["pretrain_seconds"]) if tiny else arguments["pretrain_seconds"]
+    rows = 2 if tiny else arguments["rows"]
 
-    def build_data(steps: int) -> tuple[Any, GenomeWindows]:
-        task = task_class(model, optim, steps)
-        data = GenomeWindows(
-            str(arguments.chr20),
-            str(bed),
+    def build(clock: "Clock") -> tuple[Any, Any]:
+        model = build_backbone(name, tiny)
+        task = (CausalLM if model.causal else MaskedLM)(model, clock.optim(arguments["matrix_lr"]), 10**9)
+        windows = GenomeWindows(
+            fasta,
+            bed,
             length=LENGTH,
-            batch_size=arguments.rows,
-            eval_windows=arguments.windows,
-            num_workers=6 if torch.cuda.is_available() else 0,
+            batch_size=rows,
+            eval_batch_size=2 if tiny else 256,
+            eval_windows=2 if tiny else 2048,
+            num_workers=6 if gpu else 0,
             seed=1,
             objective=task.objective,
-            batches=steps,
+            batches=10**7,
         )
-        return task, data
+        return task, windows
 
-    task, data = build_data(1)
-    data.setup()
-    seconds_a_step = time_steps(task, data)
-    model = config_from_dict(shape).build()
-    steps = max(2, round(arguments.pretrain_seconds / seconds_a_step))
-    task, data = build_data(steps)
-    values = {
-        "accelerator": "auto",
-        "devices": 1,
-        "strategy": "auto",
-        "val_check_interval": steps,
-        "precision": "auto",
-        "max_steps": steps,
-        "gradient_clip_val": 1.0,
-    }
-    values |= {"accumulate_grad_batches": 1, "limit_val_batches": 0, "log_every_n_steps": 50}
-    trainer = build_trainer(values, [], [])
-    began = time.monotonic()
-    trainer.fit(task, datamodule=data)
-    seconds = time.monotonic() - began
-    metrics = trainer.test(task, datamodule=data, verbose=False)[0]
-    checkpoint.save(model, arguments.out / name, {"seconds": seconds, **metrics})
-    return {
+    values = {"accelerator": "auto", "devices": 1, "strategy": "auto", "precision": "auto", "max_steps": 10**7}
+    values |= {"val_check_interval": 10**7, "gradient_clip_val": 1.0, "accumulate_grad_batches": 1}
+    values |= {"limit_val_batches": 0, "log_every_n_steps": 1000}
+    # The first steps compile the kernels; their weights are thrown away.
+    clock = make_clock(1.0 if tiny else 5.0)
+    task, windows = build(clock)
+    build_trainer(dict(values), [], [clock]).fit(task, datamodule=windows)
+    L.seed_everything(1, verbose=False)
+    clock = make_clock(seconds)
+    task, windows = build(clock)
+    trainer = build_trainer(dict(values), [], [clock, StopAtNaN()])
+    trainer.fit(task, datamodule=windows)
+    found = {key: round(value, 4) for key, value in trainer.test(task, datamodule=windows, verbose=False)[0].items()}
+    if not task.model.causal:
+        task.hides = False  # Every target counts: also those left as they are, and those made another base.
+        found["test/bits of all targets"] = round(
+            trainer.test(task, datamodule=windows, verbose=False)[0]["test/bits"], 4
+        )
+    row = {
         "stage": "pretraining",
-        "model": name,
-        "parameters": model.num_parameters(),
-        "steps": steps,
-        "tokens": steps * LENGTH * arguments.rows,
-        "seconds": round(seconds, 1),
-        "bits": round(metrics["test/bits"], 4),
-        "accuracy": round(metrics["test/accuracy"], 4),
+        "name": f"pretraining {name}",
+        "parameters": task.model.num_parameters(),
+        "seconds": round(clock.passed, 1),
+        "steps": clock.steps,
+        "tokens": clock.steps * rows * LENGTH,
+        "train bases": sum(len(interval) for interval in windows.splits["train"]),
+        "device": torch.cuda.get_device_name() if gpu else "CPU",
+        **found,
     }
+    temporary = arguments["out"] / f".{name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    checkpoint.save(task.model.cpu(), temporary, {key: row[key] for key in ("seconds", "steps", "tokens", "test/bits")})
+    temporary.rename(arguments["out"] / name)
+    return row
 
 
-def time_steps(task: Any, data: Any) -> float:
-    """Return the seconds of a training step, kernels compiled; the weights of `task` are spent."""
-    import torch
+def make_clock(seconds: float) -> Any:
+    """Return a callback that ends training after some seconds, and the optimizer whose schedule follows it."""
+    from dataclasses import dataclass
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = {key: value.to(device) for key, value in data.train_dataloader().dataset[0].items()}
-    task = task.to(device)
-    task.log_dict = lambda *_: None
-    optimizer = task.configure_optimizers()["optimizer"]
-    times: list[float] = []
-    for step in range(30 if device.type == "cuda" else 3):
-        began = time.monotonic()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = task.training_step(batch, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.monotonic() - began)
-    # Lightning's own work and the loader come on top.
-    return 1.08 * sorted(times)[len(times) // 2] + 0.001
+    from lightning.pytorch.callbacks import Callback
 
+    from genossm.optim import Optim
 
-def settings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the splice runs: fresh weights of each backbone, then pretrained ones beside the same head."""
-    both = ["head.pooling=center"]
-    runs = [
-        {"name": f"{name}, center", "model": name, "overrides": both, "rate": 2e-3}
-        for name in ("caduceus-ph", "caduceus-ps", "hyenadna-both", "transformer", "cnn")
-    ]
-    runs.append({"name": "hyenadna, attention", "model": "hyenadna", "overrides": ["head.pooling=attention"]})
-    if (arguments.out / "caduceus-ph").exists():
-        runs.append({"name": "caduceus-ph pretrained, center", "model": "caduceus-ph", "overrides": both, "rate": 1e-3})
-    if (arguments.out / "hyenadna").exists():
-        overrides = ["head.pooling=attention"]
-        runs.append({"name": "hyenadna pretrained, attention", "model": "hyenadna", "overrides": overrides})
-    runs = [run for run in runs if not arguments.only or run["name"] in arguments.only]
-    return [{"rate": 1e-3, **run, "seed": seed} for seed in range(1, arguments.seeds + 1) for run in runs]
+    class Clock(Callback):
+        began, passed, steps = 0.0, 0.0, 0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.began = time.monotonic()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.passed, self.steps = time.monotonic() - self.began, trainer.global_step
+            trainer.should_stop = self.passed >= seconds
+
+        def optim(self, matrix_lr: float) -> Optim:
+            clock = self
+
+            @dataclass(frozen=True, kw_only=True)
+            class Timed(Optim):
+                def factor(self, step: int, steps: int) -> float:
+                    return super().factor(round(10_000 * clock.passed / seconds), 10_000)
+
+            return Timed(
+                optimizer="muon",
+                matrix_lr=matrix_lr,
+                lr=3e-3,
+                betas=(0.9, 0.95),
+                weight_decay=0.0,
+                warmup=0.02,
+                min_lr_ratio=0.01,
+            )
+
+    return Clock()
 
 
-def fine_tune_all(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Run the splice settings, several at a time; one that fails is noted and the rest goes on."""
-    os.environ["OMP_NUM_THREADS"] = "2"
-    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(fine_tune, run, vars(arguments)): run for run in settings(arguments)}
-        for done in as_completed(running):
-            run = running[done]
-            error = done.exception()
-            found = {"error": f"{type(error).__name__}: {error}"} if error is not None else done.result()
-            results.append({"stage": "splice", **run, **found})
-            print(results[-1], flush=True)
-            keep(results, arguments.out)
+def build_backbone(name: str, tiny: bool) -> Any:
+    """Return a fresh backbone of `SHAPES`."""
+    from genossm.models.base import config_from_dict
+
+    return config_from_dict(SHAPES[name] | ({"d_model": 16, "n_layer": 1} if tiny else {})).build()
 
 
-def fine_tune(run: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run one setting and return what was measured."""
+def tables_of(cell: dict[str, Any], arguments: dict[str, Any]) -> list[Any]:
+    """Return the task's data: one table, or one for each of the tasks that the NT sample holds a few rows of."""
+    import pandas as pd
+
+    from genossm.data.table import Table
+
+    path = tasks_of(arguments["data"])[cell["task"]]
+    frame = pd.read_csv(path, sep="\t")
+    parts = [frame] if "task" not in frame else [part for _, part in sorted(frame.groupby("task"), key=lambda p: p[0])]
+    if "task" in frame:
+        parts = [hold_out(part) for part in parts]
+    if arguments["tiny"]:
+        label = "cls" if "cls" in frame else "label"
+        parts = [part.groupby([label, "split"]).head(8) for part in parts[:2]]
+    folder = Path(tempfile.mkdtemp(prefix="show_"))
+    found: list[Any] = []
+    for number, part in enumerate(parts):
+        file = folder / f"{cell['task']}_{number}.csv"
+        part.drop(columns=[c for c in ("id", "name", "task") if c in part]).to_csv(file, index=False)
+        found.append(Table(table=str(file)))
+    return found
+
+
+def hold_out(part: Any) -> Any:
+    """Return rows with a split: every fifth row of each class, in the order of the file, is test."""
+    rank = part.groupby("label").cumcount()
+    return part.assign(split=["test" if number % 5 == 4 else "train" for number in rank])
+
+
+def tune(cell: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tune one setting and return what was measured; several tables count as one, their test rows together."""
     import torch
 
     from genossm import checkpoint
-    from genossm.data.table import Table
     from genossm.finetune import finetune
-    from genossm.models.base import config_from_dict
 
-    folder = arguments["out"] / run["model"]
-    if "pretrained" not in run["name"]:
-        torch.manual_seed(run["seed"])
-        context = {"max_length": 400} if run["model"].startswith("hyenadna") else {}
-        folder = Path("/tmp") / f"show_{os.getpid()}_{run['model']}"  # noqa: S108
-        checkpoint.save(config_from_dict(SHAPES[run["model"]] | context).build(), folder)
-    limit = arguments["cell_seconds"]
-    result = finetune(
-        Table(table=str(arguments["splice"])),
-        folder,
-        [
-            f"seed={run['seed']}",
-            f"epochs={arguments['epochs']}",
-            "batch_size=64",
-            f"optim.lr={run['rate']}",
-            "optim.min_lr_ratio=0.01",
-            "optim.warmup=0.05",
-            "head.dropout=0.1",
-            "loader.reverse_complement=false",
-            "loader.eval_batch_size=512",
-            "protocol=caduceus_cv",
-            "save_every=1000000",
-            "quiet=true",
-            f"+trainer.max_time=00:00:{limit // 60:02d}:{limit % 60:02d}",
-            f"output={Path('/tmp') / 'show_runs'}",  # noqa: S108
-            f"name={run['model']}_{run['seed']}_{os.getpid()}",
-            *run["overrides"],
-        ],
-    )
-    kept = ("test/accuracy", "test/mcc", "val/accuracy", "seconds", "steps")
-    return {
-        "parameters": result.model.backbone.num_parameters(),
-        **{key: round(result.metrics[key], 4) for key in kept},
-        "interval": [round(x, 4) for x in result.interval],
+    root = Path(tempfile.mkdtemp(prefix="show_"))
+    source = arguments["out"] / cell["model"]
+    if cell["weights"] == "fresh":
+        torch.manual_seed(cell["seed"])
+        source = root / "fresh"
+        checkpoint.save(build_backbone(cell["model"], arguments["tiny"]), source)
+    overrides = overrides_of(cell, arguments["tiny"])
+    right = counted = 0
+    found: list[Any] = []
+    for table in tables_of(cell, arguments):
+        result = finetune(table, source, [*overrides, f"output='{root}'"])
+        rows = json.loads((result.folder / "result.json").read_text())["rows"]["test"]
+        right += result.metrics["test/accuracy"] * rows
+        counted += rows
+        found.append(result)
+    shutil.rmtree(root, ignore_errors=True)
+    values = {
+        "parameters": found[0].model.backbone.num_parameters(),
+        "test/accuracy": right / counted,
+        "val/accuracy": statistics.mean(result.metrics["val/accuracy"] for result in found),
+        "test/mcc": statistics.mean(result.metrics["test/mcc"] for result in found),
+        "seconds": sum(result.metrics["seconds"] for result in found),
+        "steps": sum(result.metrics["steps"] for result in found),
+        "test rows": counted,
     }
+    values = {key: round(value, 4) for key, value in values.items()}
+    if len(found) == 1:
+        values["interval"] = [round(x, 4) for x in found[0].interval]
+    return values | {"overrides": overrides}
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Print one table of everything."""
-    print("\n| run | seed | parameters | seconds | result |\n|---|---|---|---|---|")
+def overrides_of(cell: dict[str, Any], tiny: bool) -> list[str]:
+    """Return how a setting is fine-tuned, as on the command line."""
+    task, model = cell["task"], cell["model"]
+    splice = task == SPLICE
+    pooling = "mean" if not splice else "attention" if model == "hyenadna" else "center"
+    return [
+        f"seed={cell['seed']}",
+        f"epochs={1 if tiny else EPOCHS.get(task, 15)}",
+        f"batch_size={128 if splice else 16 if task == NT else 32}",
+        "optim.min_lr_ratio=0.01",
+        "optim.warmup=0.05",
+        f"head.pooling={pooling}",
+        "head.dropout=0.1",
+        # A site read backwards is no site; other tasks have no strand.
+        f"loader.reverse_complement={str(not splice and model != 'caduceus-ps').lower()}",
+        f"supervised.conjoin={'eval' if model == 'caduceus-ph' and not splice else 'none'}",
+        "loader.eval_batch_size=512",
+        "protocol=caduceus_cv",
+        "save_every=1000000",
+        "quiet=true",
+        f"name={model}",
+        *OPTIONS[cell["option"]],
+    ]
+
+
+def count_kmers(cell: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what logistic regression on k-mers gives on the same rows."""
+    from genossm.data.protocols import divide
+    from genossm.probe import probe_kmers
+
+    right, counted = 0.0, 0
+    for table in tables_of(cell, arguments):
+        data = table.load()
+        splits, _ = divide(data, "caduceus_cv", cell["seed"])
+        probe = probe_kmers(splits["train"], splits["test"], data.target, methods=("linear",))[0]
+        right += probe.metrics["accuracy"] * len(splits["test"])
+        counted += len(splits["test"])
+    return {"test/accuracy": round(right / counted, 4), "test rows": counted}
+
+
+RUNNERS = {"tune": tune, "kmers": count_kmers}
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Return the tables: pretraining, then the mean over seeds of each setting under its chosen option."""
+    lines = [
+        "| pretraining | parameters | seconds | steps | tokens | test bits | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in results:
-        if row["stage"] == "pretraining":
-            value = f"{row['bits']:.4f} bits, accuracy {row['accuracy']:.4f}, {row['tokens'] / 1e6:.0f} M tokens"
-            print(f"| pretraining {row['model']} | 1 | {row['parameters']:,} | {row['seconds']:.0f} | {value} |")
-        elif "error" in row:
-            print(f"| {row['name']} | {row['seed']} | | | {row['error'][:120]} |")
-        else:
-            low, high = row["interval"]
-            value = f"test accuracy {row['test/accuracy']:.4f} [{low:.4f}, {high:.4f}], val {row['val/accuracy']:.4f}"
-            print(f"| {row['name']} | {row['seed']} | {row['parameters']:,} | {row['seconds']:.0f} | {value} |")
+        if row["stage"] == "pretraining" and "error" not in row:
+            bits = f"{row['test/bits']:.4f}"
+            if "test/bits of all targets" in row:
+                bits += f" (all targets {row['test/bits of all targets']:.4f})"
+            lines.append(
+                f"| {row['name']} | {row['parameters']:,} | {row['seconds']} | {row['steps']:,} |"
+                f" {row['tokens'] / 1e6:.0f} M | {bits} | {row['test/accuracy']:.4f} |"
+            )
+    lines += ["", "| task | model | weights | option | seeds | test accuracy | min to max | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in results:
+        if row["stage"] != "pretraining" and "error" not in row:
+            groups.setdefault((row["task"], row["model"], row["weights"]), []).append(row)
+    for (task, model, weights), rows in sorted(groups.items()):
+        first = [row for row in rows if row["seed"] == SEEDS[0]] or rows
+        best = max(first, key=lambda row: row.get("val/accuracy", 0)).get("option")
+        chosen = [row for row in rows if row.get("option") == best]
+        scores = [row["test/accuracy"] for row in chosen]
+        spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        seconds = f"{statistics.mean(row['seconds'] for row in chosen):.0f}" if model else ""
+        lines.append(
+            f"| {task} | {model or 'k-mers 1-5'} | {weights} | {best or ''} | {len(scores)} |"
+            f" {statistics.mean(scores):.4f}{spread} | {min(scores):.4f} to {max(scores):.4f} | {seconds} |"
+        )
+    failed = [f"- {row['name']}: {row['error']}" for row in results if "error" in row]
+    return "\n".join([*lines, *(["", "Failed:", *failed] if failed else [])]) + "\n"
 
 
 if __name__ == "__main__":
