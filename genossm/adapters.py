@@ -132,5 +132,5 @@ def merge(adapted: Any) -> Classifier:
     for layer in _adapted_layers(adapted):
         if parametrize.is_parametrized(layer.base_layer, "weight"):
             parametrize.remove_parametrizations(layer.base_layer, "weight", leave_parametrized=False)
-            layer.merged_adapters = []
+            layer.merged_adapters.clear()
     return cast(Classifier, adapted.merge_and_unload()).eval()
