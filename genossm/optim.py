@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,9 @@ class Optim:
         groups: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0}]
         if self.optimizer == "adamw":
             groups.insert(0, {"params": decayed, "weight_decay": self.weight_decay})
-            return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
+            return torch.optim.AdamW(
+                [g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=True
+            )
         heads = {id(p) for name, p in module.named_parameters() if "lm_head" in name}
         matrices = [p for p in decayed if p.ndim == 2 and id(p) not in heads]
         others = [p for p in decayed if p.ndim != 2 or id(p) in heads]
@@ -80,7 +82,7 @@ class Optim:
             {"params": others, "weight_decay": self.weight_decay},
             {"params": matrices, "weight_decay": self.weight_decay, "lr": self.matrix_lr, "orthogonal": True},
         ]
-        return Muon([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
+        return Muon([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 class Muon(torch.optim.AdamW):
@@ -104,8 +106,7 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             if group.get("orthogonal"):
-                for parameter in group["params"]:
-                    self._step_matrix(parameter, group["lr"], group["weight_decay"])
+                self._step_matrices(group)
         try:
             self.param_groups = [group for group in groups if not group.get("orthogonal")]
             super().step()
@@ -113,35 +114,52 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         return result
 
-    def _step_matrix(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
-        if parameter.grad is None:
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        matrices: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        if not matrices:
             return
-        state = self.state[parameter]
-        if not state:
-            # AdamW looks for a count of steps in every state that it restores.
-            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(parameter)}
-        state["step"] += 1
-        state["momentum"].lerp_(parameter.grad, 1 - self.MOMENTUM)
-        ahead = parameter.grad.lerp(state["momentum"], self.MOMENTUM)
-        parameter.mul_(1 - lr * weight_decay)
-        rows, columns = parameter.shape
-        parameter.add_(orthogonalised(ahead), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        for parameter in matrices:
+            if not self.state[parameter]:
+                # AdamW looks for a count of steps in every state that it restores.
+                self.state[parameter] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(parameter)}
+            self.state[parameter]["step"] += 1
+        grads = [cast(Tensor, parameter.grad) for parameter in matrices]
+        momenta = [self.state[parameter]["momentum"] for parameter in matrices]
+        torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
+        ahead = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        # Matrices of one shape, up to which side is longer, go through the products together.
+        for same in _by_shape(matrices):
+            steps_MRC = orthogonalised(torch.stack([_wide(ahead[index]) for index in same]))
+            for index, step_RC in zip(same, steps_MRC, strict=True):
+                rows, columns = matrices[index].shape
+                step_RC = step_RC.T if rows > columns else step_RC
+                matrices[index].add_(step_RC, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
-def orthogonalised(matrix_RC: Tensor, rounds: int = 5) -> Tensor:
-    """Return a matrix with the singular vectors of the given one and singular values near 1 (in about 0.7 to 1.2).
+def _by_shape(matrices: list[Tensor]) -> list[list[int]]:
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        found.setdefault(tuple(sorted(matrix.shape)), []).append(index)
+    return list(found.values())
+
+
+def _wide(matrix_RC: Tensor) -> Tensor:
+    return matrix_RC.T if matrix_RC.shape[0] > matrix_RC.shape[1] else matrix_RC
+
+
+def orthogonalised(matrices_MRC: Tensor, rounds: int = 5) -> Tensor:
+    """Return matrices with the singular vectors of the given ones and singular values near 1 (in about 0.7 to 1.2).
 
     Newton and Schulz's iteration with the odd quintic of Jordan et al. 2024, whose slope at zero is steep: small
-    singular values grow at 3.4 a round.
+    singular values grow at 3.4 a round. It is cheapest where R is the shorter side.
     """
-    x_RC = matrix_RC / (matrix_RC.norm() + 1e-7)
-    tall = x_RC.shape[0] > x_RC.shape[1]
-    x_RC = x_RC.T if tall else x_RC
+    x_MRC = matrices_MRC / (matrices_MRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(rounds):
-        gram_RR = x_RC @ x_RC.T
-        factor_RR = torch.addmm(gram_RR, gram_RR, gram_RR, beta=-4.7750, alpha=2.0315)
-        x_RC = torch.addmm(x_RC, factor_RR, x_RC, beta=3.4445)
-    return x_RC.T if tall else x_RC
+        gram_MRR = torch.bmm(x_MRC, x_MRC.mT)
+        factor_MRR = torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=-4.7750, alpha=2.0315)
+        x_MRC = torch.baddbmm(x_MRC, factor_MRR, x_MRC, beta=3.4445)
+    return x_MRC
 
 
 def decayed_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:

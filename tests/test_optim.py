@@ -17,7 +17,7 @@ def tiny():
 def test_orthogonalised_keeps_directions_and_levels_sizes(shape):
     matrix = torch.randn(shape, dtype=torch.float64)
     u, sizes, vt = torch.linalg.svd(matrix, full_matrices=False)
-    got = torch.linalg.multi_dot([u.T, orthogonalised(matrix), vt.T])
+    got = torch.linalg.multi_dot([u.T, orthogonalised(matrix[None])[0], vt.T])
     levelled = got.diagonal()
     torch.testing.assert_close(got, torch.diag(levelled), atol=1e-6, rtol=0)
     assert sizes.max() / sizes.min() > 1.5

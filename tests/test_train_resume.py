@@ -29,7 +29,7 @@ TINY = [
     "optim.lr=0.01",
     "save_every=2",
 ]
-WARMUP = ["data.warmup=[{_target_: genossm.data.datamodule.Stage, batches: 4, length: 32, batch_size: 3}]"]
+WARMUP = ["data.warmup=[{batches: 4, length: 32, batch_size: 3}]"]
 DDP = ["trainer=ddp", "trainer.devices=2", "processes=2", "batch_size=1"]
 
 

@@ -1,6 +1,6 @@
 """Lightning data modules: genome windows for pretraining."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,6 +43,17 @@ class Stage:
     def __post_init__(self) -> None:
         if min(self.batches, self.length, self.batch_size) < 1:
             raise ValueError(f"A stage needs batches, length and batch_size of at least 1; got {self}.")
+
+
+def _stage(given: Stage | Mapping[str, int]) -> Stage:
+    if isinstance(given, Stage):
+        return given
+    try:
+        return Stage(**given)
+    except TypeError:
+        raise ValueError(
+            f"A stage of data.warmup is {{batches: 1000, length: 512, batch_size: 16}}; got {dict(given)}."
+        ) from None
 
 
 class _TrainBatches(NumberedBatches):
@@ -102,7 +113,7 @@ class GenomeWindows(L.LightningDataModule):
         soft_mask_weight: loss weight of soft-masked (lower-case) bases.
         lower_case: how the tokenizer reads soft-masked letters: "upper" or "unknown".
         eval_windows: at most so many held-out windows, evenly chosen; None takes all.
-        warmup: stages of a length warm-up that come before the windows of `length`.
+        warmup: stages of a length warm-up that come before the windows of `length`, as `Stage` or its values by name.
         num_workers: processes that prepare batches; 0 is fastest for memory-mapped bytes.
         cache: folder for encoded genomes.
         seed: what windows, strands and masks are drawn from.
@@ -130,7 +141,7 @@ class GenomeWindows(L.LightningDataModule):
         lower_case: str = "upper",
         eval_windows: int | None = None,
         eval_batch_size: int | None = None,
-        warmup: Sequence[Stage] = (),
+        warmup: Sequence[Stage | Mapping[str, int]] = (),
         num_workers: int = 0,
         cache: str | None = None,
         seed: int = 0,
@@ -154,7 +165,7 @@ class GenomeWindows(L.LightningDataModule):
         self.split, self.shares = split, (val, test)
         self.eval_windows, self.warmup, self.num_workers, self.batches = (
             eval_windows,
-            list(warmup),
+            [_stage(stage) for stage in warmup],
             num_workers,
             batches,
         )

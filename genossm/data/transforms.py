@@ -57,12 +57,12 @@ class NextToken:
     """Causal targets: the id that follows; N and special tokens are never a target."""
 
     def __call__(self, ids_BL: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-        """Return ids without the last and the targets of each."""
-        following_BL = ids_BL[:, 1:].copy()
-        # Ids of bases are contiguous, so one subtraction that wraps around tells them from all others.
-        other_BL = (following_BL - np.uint8(alphabet.A)) > alphabet.T - alphabet.A
-        if other_BL.any():
-            following_BL[other_BL] = IGNORED
+        """Return ids without the last and the targets of each; where all are bases, both are views of the same ids."""
+        following_BL = ids_BL[:, 1:]
+        if ids_BL.size and (ids_BL.max() > alphabet.T or ids_BL.min() < alphabet.A):
+            # Ids of bases are contiguous, so one subtraction that wraps around tells them from all others.
+            other_BL = (following_BL - np.uint8(alphabet.A)) > alphabet.T - alphabet.A
+            following_BL = np.where(other_BL, np.uint8(IGNORED), following_BL)
         return ids_BL[:, :-1], following_BL
 
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SPLIT_POLICIES = ("auto", "contigs", "blocks")
 SAMPLINGS = ("random", "tile", "hyenadna_legacy")
+_SHORT = 1 << 13
+"""Bases up to which the windows of a batch are turned to the other strand together."""
 _RETRIES = 64
 """Draws of another window where one holds more N than `max_n` allows."""
 
@@ -229,6 +231,12 @@ class WindowBatches:
             raise ValueError(f"data.shift must be at least 0; got {self.shift}.")
         if not self.intervals:
             raise ValueError("There is no interval to draw windows from.")
+        self.sizes = lengths(self.intervals)
+
+    @property
+    def keeps_case(self) -> bool:
+        """Whether anything asks which bases are soft-masked; else stored bytes become ids while they are copied."""
+        return self.soft_mask_weight != 1 or self.tokenizer.lower_case != "upper"
 
     def span(self, length: int) -> int:
         """Return the bases that a window of `length` tokens takes: one more where the next one is the target."""
@@ -243,7 +251,7 @@ class WindowBatches:
             ValueError: no window with at most `max_n` N is found.
         """
         span = self.span(length)
-        room = np.maximum(lengths(self.intervals) - span + 1, 0)
+        room = np.maximum(self.sizes - span + 1, 0)
         ends = np.cumsum(room)
         rng = np.random.default_rng([self.seed, number])
         places, flips = rng.integers(ends[-1], size=of), rng.random(of) < 0.5
@@ -251,11 +259,16 @@ class WindowBatches:
             places = self._tiled_places(number, of, length, rng, ends - room)
         codes_BL = np.empty((len(rows), span), np.uint8)
         self._copy(codes_BL, places[rows.start : rows.stop], ends, room)
-        if self.max_n < 1:
+        holds_n = self.keeps_case or bool(codes_BL.max() >= alphabet.N)
+        if self.max_n < 1 and holds_n:
             self._draw_again(codes_BL, number, rows, ends, room)
         if self.reverse_complement:
-            for index in np.flatnonzero(flips[rows.start : rows.stop]):
-                codes_BL[index] = alphabet.reverse_complement(codes_BL[index])
+            turned = np.flatnonzero(flips[rows.start : rows.stop])
+            if span <= _SHORT:
+                codes_BL[turned] = alphabet.reverse_complement(codes_BL[turned], holds_n)
+            else:
+                for index in turned:
+                    codes_BL[index] = alphabet.reverse_complement(codes_BL[index], holds_n)
         return self._batch(codes_BL, [[self.seed, number, row, _RETRIES] for row in rows])
 
     def _copy(
@@ -272,6 +285,8 @@ class WindowBatches:
             interval = self.intervals[which]
             first = interval.start + start
             codes_L[:] = self.genome.codes(interval.chrom)[first : first + len(codes_L)]
+        if not self.keeps_case:
+            np.bitwise_and(codes_BL, np.uint8(0x7F), out=codes_BL)
 
     def _draw_again(
         self,
@@ -304,13 +319,13 @@ class WindowBatches:
         """Return where each row's window begins, counted over the room of all intervals."""
         span = self.span(length)
         step = length if self.sampling == "tile" else max(map(len, self.intervals))
-        counts = np.maximum((lengths(self.intervals) - span) // step + 1, 0)
+        counts = np.maximum((self.sizes - span) // step + 1, 0)
         last = np.cumsum(counts)
         tiles = np.resize(shuffled_rows(int(last[-1]), of, number, self.seed), of)
         which = np.searchsorted(last, tiles, side="right")
         offsets = (tiles - (last - counts)[which]) * step
         offsets += rng.integers(-self.shift, self.shift + 1, of)
-        return begins[which] + np.clip(offsets, 0, lengths(self.intervals)[which] - span)
+        return begins[which] + np.clip(offsets, 0, self.sizes[which] - span)
 
     def tiles(self, length: int, limit: int | None = None) -> list[Interval]:
         """Return windows that lie side by side and cover the intervals, at most `limit`, evenly chosen."""
@@ -329,10 +344,13 @@ class WindowBatches:
     def tiled(self, tiles: Sequence[Interval]) -> Batch:
         """Return the batch of fixed windows; masks are drawn from (seed, the window's place)."""
         codes_BL = np.stack([self.genome.fetch(tile) for tile in tiles])
-        return self._batch(codes_BL, [[self.seed, tile.start, zlib.crc32(tile.chrom.encode())] for tile in tiles])
+        seeds = [[self.seed, tile.start, zlib.crc32(tile.chrom.encode())] for tile in tiles]
+        if not self.keeps_case:
+            np.bitwise_and(codes_BL, np.uint8(0x7F), out=codes_BL)
+        return self._batch(codes_BL, seeds)
 
     def _batch(self, codes_BL: Bytes, seeds: list[list[int]]) -> Batch:
-        ids_BL = self.tokenizer.from_codes(codes_BL)
+        ids_BL = self.tokenizer.from_codes(codes_BL) if self.keeps_case else codes_BL
         if isinstance(self.objective, NextToken):
             inputs_BL, targets_BL = self.objective(ids_BL, np.random.default_rng(0))
         else:
@@ -340,7 +358,7 @@ class WindowBatches:
             rows = [self.objective(ids_BL[i : i + 1], np.random.default_rng(seed)) for i, seed in enumerate(seeds)]
             inputs_BL, targets_BL = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         batch: Batch = {
-            "ids_BL": torch.from_numpy(np.ascontiguousarray(inputs_BL)),
+            "ids_BL": torch.from_numpy(inputs_BL),
             "targets": torch.from_numpy(targets_BL),
         }
         if self.soft_mask_weight != 1:
