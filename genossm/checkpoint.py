@@ -1,5 +1,6 @@
 """Models on disk: a folder with config.json (data, never code) and model.safetensors."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -97,13 +98,20 @@ def load(source: str | Path, device: str | torch.device = "cpu", revision: str |
     return model.eval()
 
 
-def load_classifier(source: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> Classifier:
+def load_classifier(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    pooling: str | None = None,
+) -> Classifier:
     """Open a fine-tuned model, ours or published: the backbone, its head and the names of the answers.
 
     Args:
         source: see `load`.
         device: where the weights go.
         revision: a branch, tag or commit of a hub id.
+        pooling: how the head pools, where a published config doesn't say it: Caduceus and fine-tuned HyenaDNA took it
+            from the code that called them. One of `nn.head.HEAD_POOLINGS`; None keeps the file's, or that code's.
 
     Returns:
         The model, in eval mode.
@@ -115,14 +123,17 @@ def load_classifier(source: str | Path, device: str | torch.device = "cpu", revi
     found = find(source, revision)
     values = found.read_config()
     if not _is_ours(values):
-        imported = published.read(found, device)
+        imported = published.read(found, device, pooling)
         if imported.classifier is None:
             raise ValueError(f"{source} holds a backbone without a head; fine-tune it first, or open it with load.")
         return imported.classifier
     if HEAD not in values:
         raise ValueError(f"{source} holds a backbone without a head; fine-tune it first, or open it with load.")
+    head = HeadConfig.from_dict(values[HEAD])
+    if pooling is not None:
+        head = dataclasses.replace(head, pooling=pooling)
     with no_weights():
-        model = Classifier(config_from_dict(_shape(values)).build(), HeadConfig.from_dict(values[HEAD]))
+        model = Classifier(config_from_dict(_shape(values)).build(), head)
     tensors = found.read_tensors(device)
     prefixed = {name if name.startswith(f"{HEAD}.") else f"backbone.{name}": t for name, t in tensors.items()}
     assign(model, prefixed, found.name, device)

@@ -1,9 +1,11 @@
 """Published checkpoints into our backbones and back: detection of the layout, import, export."""
 
+import dataclasses
 import functools
 import importlib
 import logging
 import pkgutil
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 from genossm.layouts.base import Layout, PublishedConfig
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.classifier import Classifier
+from genossm.nn.head import HeadConfig
 from genossm.source import Source
 from genossm.weights import Place, fill, follow, match, no_weights, places, refuse
 
@@ -73,8 +76,14 @@ def layout_of(values: Mapping[str, Any], names: Iterable[str], source: str) -> L
     )
 
 
-def read(source: Source, device: str | torch.device = "cpu") -> Published:
+def read(source: Source, device: str | torch.device = "cpu", pooling: str | None = None) -> Published:
     """Import a published checkpoint.
+
+    Args:
+        source: its files.
+        device: where the weights go.
+        pooling: how the head pools, one of `nn.head.HEAD_POOLINGS`, where the config doesn't say it (Caduceus, the
+            fine-tuning code of HyenaDNA); None is what the published code does unless told otherwise.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -84,19 +93,32 @@ def read(source: Source, device: str | torch.device = "cpu") -> Published:
     tensors = source.read_tensors(device)
     layout = layout_of(values, tensors, source.name)
     bare = {layout.bare(name): tensor for name, tensor in tensors.items()}
-    config = layout.read_config(PublishedConfig(values, source.name), bare)
-    head = layout.read_head(PublishedConfig(values, source.name), bare)
+    try:
+        config = layout.read_config(PublishedConfig(values, source.name), bare)
+        head = layout.read_head(PublishedConfig(values, source.name), bare)
+    except ValueError as error:
+        raise ValueError(_their_words(str(error), layout)) from None
+    if head is not None and pooling is not None:
+        head = dataclasses.replace(head, pooling=pooling)
     with no_weights():
         backbone = config.build()
         classifier = None if head is None else Classifier(backbone, head)
     expected = _expected(backbone, classifier)
     placed, kept, problems = _place(layout, tensors, expected)
+    problems += [
+        f"{name} {problem}"
+        for name, tensor in kept.items()
+        if (problem := layout.misfit(layout.bare(name), tensor, backbone)) is not None
+    ]
+    needed = layout.required(config, PublishedConfig(values, source.name).architecture)
+    problems += [f"{layout.full(name, head)} is missing" for name in needed if name not in bare]
+    values_of = {name: tensor for name, (_, tensor) in placed.items()}
     for name in expected:
         value = layout.constant(name, config)
-        if value is not None:
-            placed.setdefault(name, value)
-    chosen, misfits = match(expected, placed)
-    refuse(problems + [_in_their_words(layout, config, text) for text in misfits], source.name)
+        if value is not None and values_of.setdefault(name, value) is not value:
+            problems.append(f"{placed[name][0]} is unknown: the config says that it is no parameter")
+    chosen, misfits = match(expected, values_of)
+    refuse(problems + [_in_file(layout, config, head, placed, text) for text in misfits], source.name)
     fill(expected, chosen, device)
     # Buffers that no file holds follow.
     follow(backbone if classifier is None else classifier, device).eval()
@@ -126,10 +148,10 @@ def _expected(backbone: Backbone, classifier: Classifier | None) -> dict[str, Pl
 
 def _place(
     layout: Layout, tensors: Mapping[str, Tensor], expected: Mapping[str, Place]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Return the tensors by our names, those that are dropped on purpose by theirs, and what doesn't fit."""
+) -> tuple[dict[str, tuple[str, Tensor]], dict[str, Tensor], list[str]]:
+    """Return names in the file and tensors by our names, those that nothing of ours reads, and what doesn't fit."""
     known = {name for place in expected.values() for name in place.names}
-    placed: dict[str, Tensor] = {}
+    placed: dict[str, tuple[str, Tensor]] = {}
     dropped: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
@@ -144,15 +166,32 @@ def _place(
             dropped[name] = tensor
         else:
             fitted = layout.fit(layout.bare(name), tensor)
-            if ours in placed and not torch.equal(placed[ours], fitted):
-                problems.append(f"{name} differs from another tensor that is the same in this model ({ours})")
-            placed[ours] = fitted
+            if ours in placed and not torch.equal(placed[ours][1], fitted):
+                problems.append(f"{name} differs from {placed[ours][0]}, which is the same tensor in this model")
+            placed[ours] = name, fitted
     return placed, dropped, problems
 
 
-def _in_their_words(layout: Layout, config: BackboneConfig, problem: str) -> str:
-    name, _, rest = problem.partition(" ")
-    return f"{layout.theirs(name, config) or name} {rest}"
+def _in_file(
+    layout: Layout,
+    config: BackboneConfig,
+    head: HeadConfig | None,
+    placed: Mapping[str, tuple[str, Tensor]],
+    problem: str,
+) -> str:
+    """Return a problem with the name that the file has for the tensor, or would have."""
+    ours, _, rest = problem.partition(" ")
+    if ours in placed:
+        return f"{placed[ours][0]} {rest}"
+    theirs = layout.theirs(ours, config)
+    return f"{ours if theirs is None else layout.full(theirs, head)} {rest}"
+
+
+def _their_words(message: str, layout: Layout) -> str:
+    """Return a message of our config in the words of the published one."""
+    for ours, theirs in layout.words.items():
+        message = re.sub(rf"\b{ours}\b", theirs, message)
+    return message
 
 
 def write(

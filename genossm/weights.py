@@ -118,6 +118,8 @@ def match(expected: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> tuple
         place = expected[key]
         if tensor.shape != place.tensor.shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)} instead of {tuple(place.tensor.shape)}")
+        elif tensor.is_floating_point() != place.tensor.is_floating_point():
+            problems.append(f"{name} has type {tensor.dtype} instead of {place.tensor.dtype}")
         elif key in chosen and not torch.equal(chosen[key], tensor):
             problems.append(f"{name} differs from {key}, which is the same tensor in this model")
         chosen.setdefault(key, tensor)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from genossm import checkpoint, published, source
+from genossm import published, source
+from tests.layouts.written import InMemory
 
 PARITY = Path(__file__).parent / "data" / "parity"
 CASES = sorted(folder.name for folder in PARITY.iterdir() if folder.is_dir())
@@ -50,30 +51,6 @@ def test_a_fresh_export_is_read_again_with_the_same_numbers(case):
         model.state_dict().items(), (again.classifier or again.backbone).state_dict().values(), strict=True
     ):
         assert torch.equal(one, other), name
-
-
-class InMemory(source.Source):
-    """A source whose files were never written."""
-
-    def __init__(self, config, tensors):
-        super().__init__("memory", None, Path())
-        object.__setattr__(self, "_content", (config, tensors))
-
-    def read_config(self):
-        return self._content[0]
-
-    def read_tensors(self, device="cpu"):
-        return self._content[1]
-
-
-def test_pickled_and_safe_files_of_one_model_give_one_model():
-    for case in ("hyenadna-ckpt-lm", "hyenadna-ckpt-head-pool", "mamba-ssm-tiny", "mamba2-ssm-tiny"):
-        folder = PARITY / case
-        files = [path for path in folder.iterdir() if path.suffix in (".ckpt", ".bin", ".safetensors")]
-        first, *others = [checkpoint.load(path).state_dict() for path in sorted(files)]
-        for other in others:
-            assert all(torch.equal(first[name], other[name]) for name in first)
-        assert len(files) > 1
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -136,11 +113,3 @@ def test_trained_positions_are_kept():
     assert imported.backbone.config.own_positions
     _, again = published.write(imported.backbone, "hyenadna-hf", imported.origin)
     assert torch.equal(again[name], trained[name])
-
-
-def test_recomputed_modules_have_another_name_for_the_same_tensors():
-    files = source.find(PARITY / "hyenadna-ckpt-lm")
-    tensors = {re.sub(r"\.(mixer|mlp)\.", r".\1.layer.", name): t for name, t in files.read_tensors().items()}
-    model = published.read(InMemory(files.read_config(), tensors)).backbone
-    plain = checkpoint.load(PARITY / "hyenadna-ckpt-lm")
-    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())

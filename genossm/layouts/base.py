@@ -6,12 +6,14 @@ Ours ends in `?` where a backbone may do without the tensor because it can compu
 it can be computed again (`Layout.regenerate`), or nothing reads it.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from genossm.models.base import Backbone, BackboneConfig
@@ -59,20 +61,68 @@ class PublishedConfig:
         value = self.values.get(key, default)
         if value is MISSING:
             raise ValueError(f"The config of {self.source} has no {key}.")
-        return value
+        return _plain(value)
 
-    def whole(self, key: str, default: Any = MISSING) -> int:
-        """Return a whole number.
+    def whole(self, key: str, default: Any = MISSING, least: int = 1) -> int:
+        """Return a whole number of at least `least`.
 
         Raises:
-            ValueError: it is missing or none.
+            ValueError: it is missing, none, or smaller.
         """
         value = self.take(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{key} must be a whole number in the config of {self.source}; got {value!r}.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self._wrong(key, value, f"a whole number of at least {least}")
         return value
+
+    def whole_or_none(self, key: str, least: int = 1) -> int | None:
+        """Return a whole number, or None where the key is missing or null.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        return None if self.take(key, None) is None else self.whole(key, least=least)
+
+    def number(self, key: str, default: Any = MISSING, least: float = 0.0) -> float:
+        """Return a finite number of at least `least`.
+
+        Raises:
+            ValueError: it is missing, none, or smaller.
+        """
+        value = self.take(key, default)
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+        if not fine:
+            raise self._wrong(key, value, f"a number of at least {least:g}")
+        return float(value)
+
+    def flag(self, key: str, default: Any = MISSING) -> bool:
+        """Return true or false; null is the default.
+
+        Raises:
+            ValueError: it is missing or something else.
+        """
+        value = self.take(key, default)
+        value = default if value is None and default is not MISSING else value
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def indices(self, key: str, default: Any = MISSING) -> tuple[int, ...]:
+        """Return a list of numbers from 0 on; null is none.
+
+        Raises:
+            ValueError: it is missing or something else.
+        """
+        value = self.take(key, default)
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence) or any(type(i) is not int or i < 0 for i in value):
+            raise self._wrong(key, value, "a list of whole numbers from 0 on")
+        return tuple(value)
+
+    def _wrong(self, key: str, value: Any, allowed: str) -> ValueError:
+        return ValueError(f"{key} must be {allowed} in the config of {self.source}; got {value!r}.")
 
     def require(self, key: str, allowed: Iterable[Any], default: Any = MISSING) -> Any:
         """Return a value of which only some are supported.
@@ -82,7 +132,8 @@ class PublishedConfig:
         """
         value = self.take(key, default)
         choices = list(allowed)
-        if value not in choices:
+        # True is no 1 here.
+        if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
             shown = ", ".join(repr(choice) for choice in choices)
             raise ValueError(f"{key}={value!r} in the config of {self.source} is not supported; supported: {shown}.")
         return value
@@ -114,15 +165,63 @@ class PublishedConfig:
 
     @property
     def architecture(self) -> str:
-        """The class that the file was saved from, or an empty string."""
-        architectures = self.values.get("architectures") or [""]
-        return str(architectures[0])
+        """The class that the file was saved from, or an empty string.
+
+        Raises:
+            ValueError: `architectures` is no list of names.
+        """
+        named = self.values.get("architectures") or [""]
+        if isinstance(named, str) or not isinstance(named, Sequence) or not all(isinstance(n, str) for n in named):
+            raise self._wrong("architectures", named, "a list of names")
+        return str(named[0])
+
+    def check_head(self, suffix: str, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a file without the head (tensor `name`) that its class has, the one that ends in `suffix`.
+
+        Raises:
+            ValueError: the head is missing.
+        """
+        if self.architecture.endswith(suffix) and name not in tensors:
+            raise ValueError(f"{name} is missing in {self.source}: it is the head of a {self.architecture}.")
 
     @property
-    def n_labels(self) -> int:
-        """Number of labels: of `id2label`, else `num_labels`, else 2."""
-        names = self.values.get("id2label")
-        return len(names) if names else int(self.values.get("num_labels") or 2)
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels: of `id2label` in the order of its ids, else `num_labels` of them, else two.
+
+        Raises:
+            ValueError: `id2label` doesn't name ids from 0 on, or `num_labels` is no number of labels.
+        """
+        named = self.values.get("id2label")
+        if not named:
+            count = self.values.get("num_labels")
+            return tuple(f"LABEL_{i}" for i in range(2 if count is None else self.whole("num_labels")))
+        if not isinstance(named, Mapping) or sorted(map(str, named)) != sorted(map(str, range(len(named)))):
+            raise self._wrong("id2label", named, "a name for each id from 0 on")
+        by_id = {int(key): str(name) for key, name in named.items()}
+        return tuple(by_id[i] for i in range(len(by_id)))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a config; transformers 5 writes what JSON has no number for as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_plain(inside) for inside in value]
+    if isinstance(value, Mapping) and list(value) == ["__float__"]:
+        return {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}.get(value["__float__"], value)
+    return value
+
+
+def labelled(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a head's config says of its answers: how many, and their names where these say anything."""
+    plain = all(name == f"LABEL_{i}" for i, name in enumerate(labels))
+    return {"n_outputs": len(labels), "names": () if plain else labels}
+
+
+def label_keys(head: HeadConfig | None) -> dict[str, Any]:
+    """Return what a published config says of a head's answers."""
+    if head is None:
+        return {}
+    names = head.names or tuple(f"LABEL_{i}" for i in range(head.n_outputs))
+    return {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
 
 
 class Layout(ABC):
@@ -134,6 +233,8 @@ class Layout(ABC):
     """The backbone's own name."""
     keys: ClassVar[tuple[tuple[str, str | None], ...]]
     """Theirs beside ours."""
+    words: ClassVar[Mapping[str, str]] = {}
+    """What our config calls otherwise than theirs, for messages: our word to theirs."""
     prefixes: ClassVar[tuple[str, ...]] = ()
     """What may stand before a tensor's name in the table."""
 
@@ -204,6 +305,23 @@ class Layout(ABC):
     def regenerable(self, config: BackboneConfig) -> list[str]:
         """Return the bare names of the tensors that a published file holds and ours may do without."""
         return []
+
+    def required(self, config: BackboneConfig, architecture: str) -> list[str]:
+        """Return the bare names of tensors that a file of some class must hold although ours may do without."""
+        return []
+
+    def misfit(self, name: str, tensor: Tensor, backbone: Backbone) -> str | None:
+        """Return what is wrong with a tensor (bare name) that no place of ours takes, or None.
+
+        What can be computed again must be what is computed; what can't is not looked at.
+        """
+        again = self.regenerate(name, backbone)
+        if again is None:
+            return None
+        if again.shape != tensor.shape:
+            return f"has shape {tuple(tensor.shape)} instead of {tuple(again.shape)}"
+        close = torch.allclose(tensor.double(), again.double().to(tensor.device), rtol=1e-2, atol=1e-6)
+        return None if close else "differs from what the config gives for it, and this model can't hold another"
 
     def constant(self, name: str, config: BackboneConfig) -> Tensor | None:
         """Return the value of one of our tensors that files of this layout don't hold, or None where they hold it."""

@@ -1,16 +1,20 @@
 """Published Caduceus, Ph and PS, and PlantCaduceus."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from genossm.layouts.base import Layout, PublishedConfig
-from genossm.layouts.mamba import MIXER
+from genossm.layouts.base import Layout, PublishedConfig, label_keys, labelled
+from genossm.layouts.mamba import MIXER, first_generation
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.caduceus import CaduceusConfig
 from genossm.nn.head import HeadConfig
+from genossm.nn.mamba import STRATEGIES
+
+logger = logging.getLogger(__name__)
 
 
 class CaduceusPh(Layout):
@@ -34,40 +38,40 @@ class CaduceusPh(Layout):
     )
 
     def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
-        return values.get("model_type") == "caduceus" and bool(values.get("rcps")) == self.rcps
+        rcps = values.get("rcps", False)
+        if values.get("model_type") == "caduceus" and not isinstance(rcps, bool):
+            raise ValueError(f"rcps must be true or false in the config of a Caduceus; got {rcps!r}.")
+        return values.get("model_type") == "caduceus" and rcps == self.rcps
 
     def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> CaduceusConfig:
         ssm = config.section("ssm_cfg")
-        ssm.ignore("use_fast_path", "layer")
+        ssm.require("layer", ["Mamba1", None], None)
+        ssm.ignore("use_fast_path")
         config.ignore("rcps", "residual_in_fp32", "initializer_cfg")
-        vocab_size = config.whole("vocab_size")
+        vocab_size, multiple = config.whole("vocab_size"), config.whole("pad_vocab_size_multiple", 8)
         has_head = any(name.startswith("lm_head.") and name.endswith("weight") for name in tensors)
-        tied = bool(config.take("tie_word_embeddings", True))
+        config.check_head("SequenceClassification", "score.weight", tensors)
+        tied = config.flag("tie_word_embeddings", True)
         shape = CaduceusConfig(
             d_model=config.whole("d_model"),
             n_layer=config.whole("n_layer"),
             vocab_size=vocab_size,
-            pad_vocab_size_multiple=config.whole("pad_vocab_size_multiple", 8),
+            pad_vocab_size_multiple=multiple,
             tokenizer="plantcaduceus" if vocab_size == 8 else "char",
             d_state=ssm.whole("d_state", 16),
             d_conv=ssm.whole("d_conv", 4),
             expand=ssm.whole("expand", 2),
-            dt_rank=ssm.take("dt_rank", "auto"),
-            dt_init=ssm.take("dt_init", "random"),
-            dt_scale=float(ssm.take("dt_scale", 1.0)),
-            dt_min=float(ssm.take("dt_min", 1e-3)),
-            dt_max=float(ssm.take("dt_max", 0.1)),
-            dt_init_floor=float(ssm.take("dt_init_floor", 1e-4)),
-            bias=bool(ssm.take("bias", False)),
-            conv_bias=bool(ssm.take("conv_bias", True)),
-            rms_norm=bool(config.take("rms_norm", True)),
-            norm_epsilon=float(config.take("norm_epsilon", 1e-5)),
-            bidirectional=bool(config.take("bidirectional", True)),
-            bidirectional_strategy=config.take("bidirectional_strategy", "add") or "add",
-            bidirectional_weight_tie=bool(config.take("bidirectional_weight_tie", True)),
+            bias=ssm.flag("bias", False),
+            conv_bias=ssm.flag("conv_bias", True),
+            **first_generation(ssm),
+            rms_norm=config.flag("rms_norm", True),
+            norm_epsilon=config.number("norm_epsilon", 1e-5),
+            bidirectional=config.flag("bidirectional", True),
+            bidirectional_strategy=config.require("bidirectional_strategy", [*STRATEGIES, None], None) or "add",
+            bidirectional_weight_tie=config.flag("bidirectional_weight_tie", True),
             rcps=self.rcps,
-            fused_add_norm=bool(config.take("fused_add_norm", True)),
-            complement_map=_complement_map(config, tensors, vocab_size),
+            fused_add_norm=config.flag("fused_add_norm", True),
+            complement_map=_complement_map(config, tensors, vocab_size, -(-vocab_size // multiple) * multiple),
             tie_embeddings=tied if config.architecture.endswith("MaskedLM") else tied or not has_head,
         )
         ssm.finish()
@@ -77,7 +81,7 @@ class CaduceusPh(Layout):
     def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
         if "score.weight" not in tensors:
             return None
-        return HeadConfig(n_outputs=config.n_labels, bias=False, strands=2 if self.rcps else 1)
+        return HeadConfig(**labelled(config.labels), bias=False, strands=2 if self.rcps else 1)
 
     def stand_in(self, name: str) -> str | None:
         for leaf in (".in_proj.", ".out_proj."):
@@ -101,7 +105,6 @@ class CaduceusPh(Layout):
         ssm = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
         names = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "rms_norm", "norm_epsilon")
         ways = ("fused_add_norm", "bidirectional", "bidirectional_strategy", "bidirectional_weight_tie", "rcps")
-        labels = {} if head is None else {"id2label": {str(i): f"LABEL_{i}" for i in range(head.n_outputs)}}
         return {
             "model_type": "caduceus",
             "architectures": ["CaduceusForMaskedLM" if head is None else "CaduceusForSequenceClassification"],
@@ -111,7 +114,7 @@ class CaduceusPh(Layout):
             "residual_in_fp32": False,
             "pad_token_id": 4,
             "tie_word_embeddings": config.tie_embeddings,
-            **labels,
+            **label_keys(head),
         }
 
 
@@ -147,6 +150,10 @@ class CaduceusPS(CaduceusPh):
     def regenerable(self, config: BackboneConfig) -> list[str]:
         return ["backbone.embeddings.word_embeddings.complement_map", "lm_head.complement_map"]
 
+    def required(self, config: BackboneConfig, architecture: str) -> list[str]:
+        embedding, head = self.regenerable(config)
+        return [embedding, head] if architecture.endswith("MaskedLM") else [embedding]
+
     def regenerate(self, name: str, backbone: Backbone) -> Tensor | None:
         if not name.endswith("complement_map"):
             return None
@@ -155,15 +162,31 @@ class CaduceusPS(CaduceusPh):
         return complement_V.to(torch.int64)
 
 
-def _complement_map(config: PublishedConfig, tensors: Mapping[str, Tensor], vocab_size: int) -> tuple[int, ...]:
+def _complement_map(
+    config: PublishedConfig, tensors: Mapping[str, Tensor], vocab_size: int, rows: int
+) -> tuple[int, ...]:
     """Return the complement of each id: of the file's buffer, else of the config, whose order may have been lost."""
     written = config.take("complement_map", None)
+    by_id = range(vocab_size) if written is None else _by_id(written, config.source)
     for name, tensor in tensors.items():
         if name.endswith("complement_map"):
-            return tuple(tensor.tolist())
-    if written is None:
-        return tuple(range(vocab_size))
-    by_id = {int(key): int(value) for key, value in written.items()}
-    if sorted(by_id) != list(range(len(by_id))):
-        raise ValueError(f"complement_map in the config of {config.source} must name each id from 0 on once.")
-    return tuple(by_id[i] for i in range(len(by_id)))
+            if tensor.shape != (rows,) or tensor.is_floating_point():
+                kind = f"shape {tuple(tensor.shape)} and type {tensor.dtype}"
+                raise ValueError(f"{name} of {config.source} must hold {rows} ids; it has {kind}.")
+            stored = tuple(tensor.tolist())
+            if written is not None and tuple(by_id) != stored[: len(by_id)]:
+                logger.warning(
+                    "complement_map of %s differs from the one in the weights, %s, which is taken.",
+                    config.source,
+                    list(stored),
+                )
+            return stored
+    return tuple(by_id)
+
+
+def _by_id(written: Any, source: str) -> tuple[int, ...]:
+    ids = [str(key) for key in written] if isinstance(written, Mapping) else []
+    whole = isinstance(written, Mapping) and all(type(value) is int for value in written.values())
+    if not whole or not ids or sorted(ids) != sorted(str(i) for i in range(len(ids))):
+        raise ValueError(f"complement_map in the config of {source} must give each id from 0 on its complement.")
+    return tuple(written[key] for key in sorted(written, key=int))

@@ -1,19 +1,24 @@
 """Published HyenaDNA: the HuggingFace repositories and the checkpoints of the training code."""
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from genossm.layouts.base import Layout, PublishedConfig
+from genossm.layouts.base import Layout, PublishedConfig, label_keys, labelled
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.nn.head import HeadConfig
 from genossm.nn.hyena import decays
 
+logger = logging.getLogger(__name__)
+
+_POOLINGS = {"pool": "mean", "last": "last", "first": "first", "sum": "sum"}
+"""Modes of the published head that give one answer a sequence, and what we call them."""
 _PREFIX, _SPREAD = 1024, 33
 """Positions from the start, and spread over the rest, at which a long table is compared with its formula."""
 _ULPS = 2e-6
@@ -24,6 +29,7 @@ class _HyenaDNALayout(Layout):
     """What the two published layouts share."""
 
     model_type = "hyenadna"
+    words: ClassVar[Mapping[str, str]] = {"max_length": "max_seq_len", "frequency": "activation_freq"}
     keys = (
         ("backbone.embeddings.word_embeddings.weight", "embedding.weight"),
         ("backbone.layers.{i}.norm1.{p}", "layers.{i}.norm1.{p}"),
@@ -63,6 +69,23 @@ class _HyenaDNALayout(Layout):
             return tensor[None]
         return tensor[None, None] if name.endswith("modulation.deltas") else tensor
 
+    def required(self, config: BackboneConfig, architecture: str) -> list[str]:
+        return self.regenerable(config)
+
+    def misfit(self, name: str, tensor: Tensor, backbone: Backbone) -> str | None:
+        # Values were compared by `held`, without computing long tables.
+        config = backbone.config
+        channels = config.d_model * (config.order - 1)
+        shapes = {
+            "z": (1, config.max_length, config.emb_dim),
+            "t": (1, config.max_length, 1),
+            "deltas": (1, 1, channels),
+        }
+        shape = shapes[name.rpartition(".")[2]]
+        if tensor.shape != shape:
+            return f"has shape {tuple(tensor.shape)} instead of {shape}"
+        return None if tensor.is_floating_point() else f"has type {tensor.dtype} instead of a floating one"
+
     def regenerable(self, config: BackboneConfig) -> list[str]:
         kinds = ("pos_emb.z", "pos_emb.t", "modulation.deltas")
         return [f"backbone.layers.{i}.mixer.filter_fn.{kind}" for i in range(config.n_layer) for kind in kinds]
@@ -78,16 +101,14 @@ class _HyenaDNALayout(Layout):
         own = {"own_positions": False, "own_decay": False}
         for name, tensor in tensors.items():
             kind = name.rpartition(".")[2]
-            # A tensor of another shape is refused later, since it fits neither the formula nor the model.
-            if kind == "z":
-                fits = tensor.shape == (1, max_length, emb_dim)
-                own["own_positions"] |= not fits or not torch.allclose(tensor[0, seen_P], z_PE, atol=_ULPS, rtol=0)
-            elif kind == "t":
-                fits = tensor.shape == (1, max_length, 1)
-                own["own_positions"] |= not fits or not torch.allclose(tensor[0, seen_P, 0], t_P, atol=_ULPS, rtol=0)
-            elif kind == "deltas":
-                formula = decays(tensor.shape[-1])
-                own["own_decay"] |= not torch.allclose(tensor.flatten(), formula, atol=10 * _ULPS, rtol=0)
+            # A tensor of another shape or type is refused later.
+            if kind == "z" and tensor.shape == (1, max_length, emb_dim) and tensor.is_floating_point():
+                own["own_positions"] |= not torch.allclose(tensor[0, seen_P].float(), z_PE, atol=_ULPS, rtol=0)
+            elif kind == "t" and tensor.shape == (1, max_length, 1) and tensor.is_floating_point():
+                own["own_positions"] |= not torch.allclose(tensor[0, seen_P, 0].float(), t_P, atol=_ULPS, rtol=0)
+            elif kind == "deltas" and tensor.numel():
+                formula = decays(tensor.numel())
+                own["own_decay"] |= not torch.allclose(tensor.flatten().float(), formula, atol=10 * _ULPS, rtol=0)
         return own
 
     @staticmethod
@@ -119,7 +140,7 @@ class _HyenaDNALayout(Layout):
         config = backbone.config
         kind = name.rpartition(".")[2]
         if kind == "deltas":
-            return decays(config.d_model)[None, None]
+            return decays(config.d_model * (config.order - 1))[None, None]
         if kind == "t":
             return torch.linspace(0, 1, config.max_length)[None, :, None]
         return self.positions(config.max_length, config.emb_dim)[0][None] if kind == "z" else None
@@ -145,24 +166,25 @@ class HyenaDNAHuggingFace(_HyenaDNALayout):
         # The published code pads by 2 whatever the number of taps: any other number would look ahead or be shifted.
         config.require("short_filter_order", [3], 3)
         config.ignore("use_bias", "hyena_filter_dropout")
-        tied = bool(config.take("tie_word_embeddings", False))
+        tied = config.flag("tie_word_embeddings", False)
         has_head = "lm_head.weight" in tensors
+        config.check_head("SequenceClassification", "score.weight", tensors)
         shape = HyenaDNAConfig(
             d_model=d_model,
             n_layer=config.whole("n_layer"),
             vocab_size=config.whole("vocab_size"),
             pad_vocab_size_multiple=config.whole("pad_vocab_size_multiple", 8),
             tokenizer="hyenadna",
-            d_inner=config.take("d_inner", None),
+            d_inner=config.whole_or_none("d_inner"),
             max_length=max_length,
             emb_dim=emb_dim,
             filter_order=config.whole("filter_order"),
-            num_inner_mlps=config.whole("num_inner_mlps"),
-            frequency=float(config.take("activation_freq")),
-            train_freq=bool(config.take("train_freq", True)),
-            final_norm_eps=float(config.take("layer_norm_epsilon", 1e-5)),
-            embed_dropout=float(config.take("embed_dropout", 0.0)),
-            hyena_dropout=float(config.take("hyena_dropout", 0.0)),
+            num_inner_mlps=config.whole("num_inner_mlps", least=0),
+            frequency=config.number("activation_freq", least=-math.inf),
+            train_freq=config.flag("train_freq", True),
+            final_norm_eps=config.number("layer_norm_epsilon", 1e-5),
+            embed_dropout=config.number("embed_dropout", 0.0),
+            hyena_dropout=config.number("hyena_dropout", 0.0),
             tie_embeddings=tied if config.architecture.endswith("CausalLM") else tied or not has_head,
             **self.held(tensors, max_length, emb_dim),
         )
@@ -172,18 +194,18 @@ class HyenaDNAHuggingFace(_HyenaDNALayout):
     def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
         if "score.weight" not in tensors:
             return None
-        pad_id = config.values.get("pad_token_id")
-        return HeadConfig(n_outputs=config.n_labels, pooling="last", bias=False, pad_id=pad_id)
+        pad_id = None if config.values.get("pad_token_id") is None else config.whole("pad_token_id", least=0)
+        return HeadConfig(**labelled(config.labels), pooling="last", bias=False, pad_id=pad_id)
 
     def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
         config = backbone.config
         _check_exportable(config)
-        if config.layer_norm_eps != 1e-5 or config.shift != 0.05:
+        if config.layer_norm_eps != 1e-5 or config.shift != 0.05 or not config.modulate:
             raise ValueError(
-                "This layout has layer_norm_eps=1e-5 in its blocks and shift=0.05; the model has"
-                f" layer_norm_eps={config.layer_norm_eps}, shift={config.shift}."
+                "This layout has layer_norm_eps=1e-5 in its blocks, and windows with shift=0.05 over filters; the model"
+                f" has layer_norm_eps={config.layer_norm_eps}, modulate={config.modulate}, shift={config.shift}."
             )
-        labels = {} if head is None else {"id2label": {str(i): f"LABEL_{i}" for i in range(head.n_outputs)}}
+        labels = label_keys(head)
         return {
             "model_type": "hyenadna",
             "architectures": ["HyenaDNAForCausalLM" if head is None else "HyenaDNAForSequenceClassification"],
@@ -216,6 +238,10 @@ class HyenaDNAOriginal(_HyenaDNALayout):
     """The `weights.ckpt` files of the training code, with or without `.layer` in the names of recomputed modules."""
 
     name = "hyenadna"
+    words: ClassVar[Mapping[str, str]] = {
+        **{"max_length": "l_max", "frequency": "w"},
+        **{"residual_dropout": "resid_dropout", "hyena_dropout": "dropout"},
+    }
     prefixes = ("model.",)
     keys = (
         *_HyenaDNALayout.keys,
@@ -224,8 +250,7 @@ class HyenaDNAOriginal(_HyenaDNALayout):
     )
 
     def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
-        layer = values.get("layer")
-        return isinstance(layer, Mapping) and layer.get("_name_", "hyena") == "hyena"
+        return "layer" in values and "n_layer" in values and "model_type" not in values
 
     def full(self, name: str, head: HeadConfig | None) -> str:
         return name if name.startswith("head.") else f"model.{name}"
@@ -240,18 +265,20 @@ class HyenaDNAOriginal(_HyenaDNALayout):
 
     def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HyenaDNAConfig:
         layer = config.section("layer")
+        layer.require("_name_", ["hyena"], "hyena")
         d_model, max_length = config.whole("d_model"), layer.whole("l_max")
         emb_dim = layer.whole("emb_dim", 3)
-        layer.require("order", [2], 2)
-        layer.require("modulate", [True], True)
         for key in ("num_heads", "inner_factor", "num_blocks"):
             layer.require(key, [1], 1)
         for key in ("normalized", "bidirectional", "outer_mixing", "post_order_ffn", "linear_mixer"):
             layer.require(key, [False], False)
         layer.require("activation", ["id", "identity", "linear", None], "id")
+        own = self.held(tensors, max_length, emb_dim)
+        # Positions that are trained are parameters, and stay so here.
+        own["own_positions"] |= layer.number("lr_pos_emb", 1e-5) > 0
         # These set learning rates, kernels and what the file holds as tensors; standalone code has 3 taps whatever
         # the config says.
-        layer.ignore("_name_", "lr", "wd", "lr_pos_emb", "modulation_lr", "local_order", "short_filter_order", "target")
+        layer.ignore("lr", "wd", "modulation_lr", "local_order", "short_filter_order", "target")
         layer.ignore(
             "fast_decay_pct", "slow_decay_pct", "filter_dropout", "fused_bias_fc", "fused_fft_conv", "jit_filter"
         )
@@ -261,41 +288,64 @@ class HyenaDNAOriginal(_HyenaDNALayout):
         config.require("identity_mlp", [False], False)
         config.ignore("_name_", "attn_cfg", "checkpoint_mixer", "checkpoint_mlp", "fused_dropout_add_ln", "fused_mlp")
         config.ignore("fused_bias_fc", "residual_in_fp32", "return_hidden_state", "initializer_cfg", "process_group")
-        config.ignore("sequence_parallel", "device", "dtype", "use_head", "n_classes", "return_residual", "norm")
+        config.ignore("sequence_parallel", "device", "dtype", "n_classes", "return_residual", "norm", "decoder")
+        headed = any(".output_transform." in name for name in tensors)
+        if config.flag("use_head", headed) and not headed:
+            raise ValueError(f"use_head is true in the config of {config.source}, whose weights have no head.")
         shape = HyenaDNAConfig(
             d_model=d_model,
             n_layer=config.whole("n_layer"),
             vocab_size=config.whole("vocab_size"),
             pad_vocab_size_multiple=config.whole("pad_vocab_size_multiple", 1),
             tokenizer="hyenadna",
-            d_inner=config.take("d_inner", None),
+            d_inner=config.whole_or_none("d_inner"),
             max_length=max_length,
+            order=self._order(layer),
             emb_dim=emb_dim,
             filter_order=layer.whole("filter_order", 64),
-            num_inner_mlps=layer.whole("num_inner_mlps", 2),
-            frequency=float(layer.take("w", 1)),
-            train_freq=bool(layer.take("train_freq", True)),
-            shift=float(layer.take("shift", 0.05)),
-            layer_norm_eps=float(config.take("layer_norm_epsilon", 1e-5)),
-            embed_dropout=float(config.take("embed_dropout", 0.1)),
-            residual_dropout=float(config.take("resid_dropout", 0.0)),
-            hyena_dropout=float(layer.take("dropout", 0.0)),
+            num_inner_mlps=layer.whole("num_inner_mlps", 2, least=0),
+            frequency=layer.number("w", 1, least=-math.inf),
+            train_freq=layer.flag("train_freq", True),
+            modulate=layer.flag("modulate", True),
+            shift=layer.number("shift", 0.05, least=-math.inf),
+            layer_norm_eps=config.number("layer_norm_epsilon", 1e-5),
+            embed_dropout=config.number("embed_dropout", 0.1),
+            residual_dropout=config.number("resid_dropout", 0.0),
+            hyena_dropout=layer.number("dropout", 0.0),
             tie_embeddings=True,
-            **self.held(tensors, max_length, emb_dim),
+            **own,
         )
         layer.finish()
         config.finish()
         return shape
 
+    @staticmethod
+    def _order(layer: PublishedConfig) -> int:
+        order = layer.whole("order", 2, least=2)
+        if order > 2:
+            logger.warning(
+                "%s has order=%d: the filters' channels are read as the published inference code orders them (o d); the"
+                " training code of the same authors has (d o).",
+                layer.source,
+                order,
+            )
+        return order
+
     def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
-        for name in ("head.output_transform", "decoder.0.output_transform"):
-            if f"{name}.weight" in tensors:
-                return HeadConfig(n_outputs=tensors[f"{name}.weight"].shape[0], bias=f"{name}.bias" in tensors)
+        decoder = config.section("decoder")
+        decoder.require("_name_", ["sequence"], "sequence")
+        decoder.require("l_output", [0], 0)
+        decoder.require("use_lengths", [False], False)
+        mode = decoder.require("mode", [*_POOLINGS], "pool")
+        decoder.finish()
+        for name, tensor in tensors.items():
+            if ".output_transform." in name and tensor.ndim:
+                return HeadConfig(n_outputs=tensor.shape[0], pooling=_POOLINGS[mode])
         return None
 
     def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
         config = backbone.config
-        _check_exportable(config)
+        _check_exportable(config, any_order=True)
         if not config.tie_embeddings:
             raise ValueError("This layout ties the language-model head to the embedding; the model has its own.")
         return {
@@ -309,24 +359,34 @@ class HyenaDNAOriginal(_HyenaDNALayout):
             "residual_in_fp32": True,
             "checkpoint_mixer": False,
             "checkpoint_mlp": False,
+            **({} if head is None else {"decoder": {"_name_": "sequence", "mode": _mode_of(head), "l_output": 0}}),
             "layer": {
                 "_name_": "hyena",
                 "l_max": config.max_length,
+                "order": config.order,
+                "lr_pos_emb": 1e-5 if config.own_positions else 0.0,
                 "emb_dim": config.emb_dim,
                 "filter_order": config.filter_order,
                 "num_inner_mlps": config.num_inner_mlps,
                 "w": config.frequency,
                 "train_freq": config.train_freq,
                 "shift": config.shift,
-                "modulate": True,
+                "modulate": config.modulate,
             },
         }
 
 
-def _check_exportable(config: HyenaDNAConfig) -> None:
-    if config.order != 2 or config.bidirectional or config.short_filter_order != 3:
+def _check_exportable(config: HyenaDNAConfig, any_order: bool = False) -> None:
+    if (config.order != 2 and not any_order) or config.bidirectional or config.short_filter_order != 3:
         raise ValueError(
-            "The published HyenaDNA code has order 2, 3 taps and looks one way; this model has"
+            "The published HyenaDNA code has 3 taps and looks one way, that of HuggingFace has order 2; this model has"
             f" order={config.order}, short_filter_order={config.short_filter_order},"
             f" bidirectional={config.bidirectional}."
         )
+
+
+def _mode_of(head: HeadConfig) -> str:
+    for mode, pooling in _POOLINGS.items():
+        if pooling == head.pooling:
+            return mode
+    raise ValueError(f"The published head pools by {', '.join(_POOLINGS)}; this one has pooling={head.pooling!r}.")

@@ -1,8 +1,8 @@
 """Published Mamba and Mamba-2: the state-spaces files and those of transformers."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,11 +26,35 @@ _SHARED = (
 )
 
 
-def limit(values: Sequence[float | None]) -> tuple[float, float | None]:
-    """Return the limits of the step sizes; an infinite upper one is none."""
-    low, high = values
-    top = math.inf if high is None else float(high)
-    return float(low or 0.0), None if math.isinf(top) else top
+def limit(config: PublishedConfig, key: str) -> tuple[float, float | None]:
+    """Return the limits of the step sizes; an infinite upper one, in whatever spelling, is none.
+
+    Raises:
+        ValueError: they are no two numbers.
+    """
+    values = config.take(key, (0.0, math.inf))
+    try:
+        low, high = (math.inf if value is None else float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} must be two numbers in the config of {config.source}; got {values!r}.") from None
+    return low, None if math.isinf(high) else high
+
+
+def steps(config: PublishedConfig, low: str, high: str, floor: str) -> dict[str, Any]:
+    """Return how a fresh layer draws its step sizes."""
+    numbers = (config.number(low, 1e-3), config.number(high, 0.1), config.number(floor, 1e-4))
+    return dict(zip(("dt_min", "dt_max", "dt_init_floor"), numbers, strict=True))
+
+
+def first_generation(ssm: PublishedConfig) -> dict[str, Any]:
+    """Return what `ssm_cfg` says of a Mamba's step sizes."""
+    rank = ssm.take("dt_rank", "auto")
+    return {
+        "dt_rank": rank if rank == "auto" else ssm.whole("dt_rank"),
+        "dt_init": ssm.require("dt_init", ["random", "constant"], "random"),
+        "dt_scale": ssm.number("dt_scale", 1.0),
+        **steps(ssm, "dt_min", "dt_max", "dt_init_floor"),
+    }
 
 
 class StateSpacesMamba(Layout):
@@ -42,16 +66,18 @@ class StateSpacesMamba(Layout):
     keys = (("backbone.embedding.weight", "embedding.weight"), *_SHARED)
 
     def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
-        cfg = values.get("ssm_cfg")
-        if not isinstance(cfg, Mapping) or "model_type" in values or "rcps" in values:
+        if "ssm_cfg" not in values or "model_type" in values or "rcps" in values:
             return False
-        return str(cfg.get("layer", "Mamba1")) == self.generation
+        cfg = values["ssm_cfg"]
+        second = isinstance(cfg, Mapping) and cfg.get("layer") == "Mamba2"
+        return second == (self.generation == "Mamba2")
 
     def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> BackboneConfig:
         ssm = config.section("ssm_cfg")
         shared = self._read_shared(config, ssm)
         shape = self._read_mixer(ssm, shared)
-        ssm.ignore("layer", "use_fast_path", "use_mem_eff_path", "chunk_size", "sequence_parallel", "process_group")
+        ssm.require("layer", [self.generation], "Mamba1")
+        ssm.ignore("use_fast_path", "use_mem_eff_path", "chunk_size", "sequence_parallel", "process_group")
         ssm.finish()
         config.finish()
         return shape
@@ -63,22 +89,19 @@ class StateSpacesMamba(Layout):
             "n_layer": config.whole("n_layer"),
             "vocab_size": config.whole("vocab_size"),
             "pad_vocab_size_multiple": config.whole("pad_vocab_size_multiple", 8),
-            "d_intermediate": config.whole("d_intermediate", 0),
-            "rms_norm": bool(config.take("rms_norm", True)),
-            "tie_embeddings": bool(config.take("tie_embeddings", True)),
+            "d_intermediate": config.whole("d_intermediate", 0, least=0),
+            "rms_norm": config.flag("rms_norm", True),
+            "tie_embeddings": config.flag("tie_embeddings", True),
             "d_conv": ssm.whole("d_conv", 4),
             "expand": ssm.whole("expand", 2),
-            "bias": bool(ssm.take("bias", False)),
-            "conv_bias": bool(ssm.take("conv_bias", True)),
-            "dt_min": float(ssm.take("dt_min", 1e-3)),
-            "dt_max": float(ssm.take("dt_max", 0.1)),
-            "dt_init_floor": float(ssm.take("dt_init_floor", 1e-4)),
+            "bias": ssm.flag("bias", False),
+            "conv_bias": ssm.flag("conv_bias", True),
             **self._read_attention(config),
         }
 
     @staticmethod
     def _read_attention(config: PublishedConfig) -> dict[str, Any]:
-        layers, cfg = config.take("attn_layer_idx", []) or [], config.section("attn_cfg")
+        layers, cfg = config.indices("attn_layer_idx", []), config.section("attn_cfg")
         if not layers:
             return {}
         heads = cfg.whole("num_heads")
@@ -92,19 +115,13 @@ class StateSpacesMamba(Layout):
         for key in ("qkv_proj_bias", "out_proj_bias"):
             cfg.require(key, [False], True)
         cfg.require("rotary_emb_interleaved", [False], False)
-        kv_heads = cfg.take("num_heads_kv", None)
-        base = float(cfg.take("rotary_emb_base", 10_000.0))
+        kv_heads = cfg.whole_or_none("num_heads_kv")
+        base = cfg.number("rotary_emb_base", 10_000.0)
         cfg.finish()
-        return {"attn_layer_idx": tuple(layers), "n_head": heads, "n_kv_head": kv_heads, "rotary_base": base}
+        return {"attn_layer_idx": layers, "n_head": heads, "n_kv_head": kv_heads, "rotary_base": base}
 
     def _read_mixer(self, ssm: PublishedConfig, shared: dict[str, Any]) -> BackboneConfig:
-        return MambaConfig(
-            d_state=ssm.whole("d_state", 16),
-            dt_rank=ssm.take("dt_rank", "auto"),
-            dt_init=ssm.take("dt_init", "random"),
-            dt_scale=float(ssm.take("dt_scale", 1.0)),
-            **shared,
-        )
+        return MambaConfig(d_state=ssm.whole("d_state", 16), **first_generation(ssm), **shared)
 
     def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
         config = backbone.config
@@ -157,12 +174,13 @@ class StateSpacesMamba2(StateSpacesMamba):
             d_state=ssm.whole("d_state", 128),
             headdim=ssm.whole("headdim", 64),
             ngroups=ssm.whole("ngroups", 1),
-            d_ssm=ssm.take("d_ssm", None),
-            A_init_range=tuple(ssm.take("A_init_range", (1.0, 16.0))),
-            D_has_hdim=bool(ssm.take("D_has_hdim", False)),
-            rmsnorm=bool(ssm.take("rmsnorm", True)),
-            norm_before_gate=bool(ssm.take("norm_before_gate", False)),
-            dt_limit=limit(ssm.take("dt_limit", (0.0, math.inf))),
+            d_ssm=ssm.whole_or_none("d_ssm"),
+            A_init_range=_range(ssm, "A_init_range"),
+            D_has_hdim=ssm.flag("D_has_hdim", False),
+            rmsnorm=ssm.flag("rmsnorm", True),
+            norm_before_gate=ssm.flag("norm_before_gate", False),
+            dt_limit=limit(ssm, "dt_limit"),
+            **steps(ssm, "dt_min", "dt_max", "dt_init_floor"),
             **shared,
         )
 
@@ -173,11 +191,25 @@ class StateSpacesMamba2(StateSpacesMamba):
         return {"A_init_range": list(config.A_init_range), "dt_limit": list(config.dt_limit)}
 
 
+def _range(config: PublishedConfig, key: str) -> tuple[float, float]:
+    values = config.take(key, (1.0, 16.0))
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} must be two numbers in the config of {config.source}; got {values!r}.") from None
+    return low, high
+
+
 class HuggingFaceMamba(Layout):
     """MambaForCausalLM of transformers."""
 
     name = "mamba-hf"
     model_type = "mamba"
+    words: ClassVar[Mapping[str, str]] = {
+        **{"d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size", "d_conv": "conv_kernel"},
+        **{"headdim": "head_dim", "ngroups": "n_groups", "dt_min": "time_step_min", "dt_max": "time_step_max"},
+        **{"dt_init_floor": "time_step_floor", "dt_limit": "time_step_limit", "dt_rank": "time_step_rank"},
+    }
     keys = (("backbone.embeddings.weight", "embedding.weight"), *_SHARED)
 
     def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
@@ -185,12 +217,12 @@ class HuggingFaceMamba(Layout):
 
     def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> BackboneConfig:
         d_model, expand = config.whole("hidden_size"), config.whole("expand", 2)
-        config.require("hidden_act", ["silu"], "silu")
+        config.require("hidden_act", ["silu", "swish"], "silu")
         config.require("intermediate_size", [expand * d_model, None], None)
         config.ignore("residual_in_fp32", "rescale_prenorm_residual", "time_step_init_scheme", "time_step_scale")
-        config.ignore("use_mambapy", "use_associative_scan", "chunk_size", "time_step_floor", "d_inner")
+        config.ignore("use_mambapy", "use_associative_scan", "use_mamba_kernels", "chunk_size", "d_inner")
         has_head = "lm_head.weight" in tensors
-        tied = bool(config.take("tie_word_embeddings", self.model_type == "mamba"))
+        tied = config.flag("tie_word_embeddings", self.model_type == "mamba")
         shared = {
             "d_model": d_model,
             "n_layer": config.whole("num_hidden_layers"),
@@ -199,11 +231,10 @@ class HuggingFaceMamba(Layout):
             "d_state": config.whole("state_size"),
             "d_conv": config.whole("conv_kernel", 4),
             "expand": expand,
-            "bias": bool(config.take("use_bias", False)),
-            "conv_bias": bool(config.take("use_conv_bias", True)),
-            "norm_epsilon": float(config.take("layer_norm_epsilon", 1e-5)),
-            "dt_min": float(config.take("time_step_min", 1e-3)),
-            "dt_max": float(config.take("time_step_max", 0.1)),
+            "bias": config.flag("use_bias", False),
+            "conv_bias": config.flag("use_conv_bias", True),
+            "norm_epsilon": config.number("layer_norm_epsilon", 1e-5),
+            **steps(config, "time_step_min", "time_step_max", "time_step_floor"),
             "tie_embeddings": tied if config.architecture.endswith("CausalLM") else tied or not has_head,
         }
         shape = self._read_mixer(config, shared)
@@ -211,7 +242,8 @@ class HuggingFaceMamba(Layout):
         return shape
 
     def _read_mixer(self, config: PublishedConfig, shared: dict[str, Any]) -> BackboneConfig:
-        return MambaConfig(dt_rank=config.take("time_step_rank", "auto"), **shared)
+        rank = config.take("time_step_rank", "auto")
+        return MambaConfig(dt_rank=rank if rank == "auto" else config.whole("time_step_rank"), **shared)
 
     def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
         config = backbone.config
@@ -260,7 +292,7 @@ class HuggingFaceMamba2(HuggingFaceMamba):
         return Mamba2Config(
             headdim=width,
             ngroups=config.whole("n_groups"),
-            dt_limit=limit(config.take("time_step_limit", (0.0, math.inf))),
+            dt_limit=limit(config, "time_step_limit"),
             **shared,
         )
 

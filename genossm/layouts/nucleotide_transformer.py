@@ -1,16 +1,18 @@
 """Published Nucleotide Transformers and ESM-2: the layout of transformers' ESM, which all of them have."""
 
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from genossm.layouts.base import Layout, PublishedConfig
+from genossm.layouts.base import Layout, PublishedConfig, label_keys, labelled
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.nucleotide_transformer import NucleotideTransformerConfig
 from genossm.nn.head import HeadConfig
 
+_LAYER_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _TOKENIZERS = {4105: "nt_v1", 4107: "nt_v2", 33: "esm2"}
 
 
@@ -19,6 +21,13 @@ class EsmLayout(Layout):
 
     name = "esm"
     model_type = "nucleotide_transformer"
+    words: ClassVar[Mapping[str, str]] = {
+        **{"d_model": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"},
+        **{"d_inner": "intermediate_size", "max_positions": "max_position_embeddings", "pad_id": "pad_token_id"},
+        **{"base": "rope_theta"},
+        **{"mask_id": "mask_token_id", "residual_dropout": "hidden_dropout_prob"},
+        **{"attention_dropout": "attention_probs_dropout_prob"},
+    }
     prefixes = ("esm.",)
     keys = (
         ("embeddings.word_embeddings.weight", "embedding.weight"),
@@ -31,6 +40,9 @@ class EsmLayout(Layout):
         ("encoder.layer.{i}.attention.self.key.{p}", "layers.{i}.mixer.key.{p}"),
         ("encoder.layer.{i}.attention.self.value.{p}", "layers.{i}.mixer.value.{p}"),
         ("encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq", None),
+        # transformers 5 has one for all layers, and some of its releases save it under a pattern of the old names.
+        ("rotary_embeddings.inv_freq", None),
+        ("encoder.layer.*.attention.self.rotary_embeddings.inv_freq", None),
         ("encoder.layer.{i}.attention.output.dense.{p}", "layers.{i}.mixer.out_proj.{p}"),
         ("encoder.layer.{i}.LayerNorm.{p}", "layers.{i}.norm2.{p}"),
         ("encoder.layer.{i}.intermediate.dense.{p}", "layers.{i}.mlp.fc1.{p}"),
@@ -49,6 +61,10 @@ class EsmLayout(Layout):
         ("classifier.{p}", "head.out.{p}"),
     )
 
+    def bare(self, name: str) -> str:
+        # The names of TensorFlow, which transformers 5 reads and, in some of its releases, writes.
+        return re.sub(r"LayerNorm\.(gamma|beta)$", lambda match: _LAYER_NORM[match[0]], super().bare(name))
+
     def matches(self, values: Mapping[str, Any], names: Iterable[str]) -> bool:
         return values.get("model_type") == "esm"
 
@@ -62,6 +78,8 @@ class EsmLayout(Layout):
             tensors["encoder.layer.0.intermediate.dense.weight"].shape[0] == 2 * config.whole("intermediate_size")
         )
         has_head = "lm_head.dense.weight" in tensors or config.architecture.endswith("MaskedLM")
+        config.check_head("SequenceClassification", "classifier.out_proj.weight", tensors)
+        config.check_head("TokenClassification", "classifier.weight", tensors)
         shape = NucleotideTransformerConfig(
             d_model=config.whole("hidden_size"),
             n_layer=config.whole("num_hidden_layers"),
@@ -71,29 +89,32 @@ class EsmLayout(Layout):
             pad_vocab_size_multiple=1,
             tokenizer=_TOKENIZERS.get(vocab_size, "nt_v2"),
             positions=config.require("position_embedding_type", ["absolute", "rotary"], "absolute"),
+            rotary_base=config.number("rope_theta", 10_000.0),
             max_positions=config.whole("max_position_embeddings", 1026),
             activation="swiglu" if gated else "gelu",
-            mlp_bias=bool(config.take("add_bias_fnn", True)),
-            norm_before=bool(config.take("emb_layer_norm_before", None)),
-            rescale_masked=bool(config.take("token_dropout", False)),
-            pad_id=config.whole("pad_token_id", 1),
-            mask_id=config.whole("mask_token_id", 2),
-            layer_norm_eps=float(config.take("layer_norm_eps", 1e-12)),
-            residual_dropout=float(config.take("hidden_dropout_prob", 0.1)),
-            attention_dropout=float(config.take("attention_probs_dropout_prob", 0.1)),
+            mlp_bias=config.flag("add_bias_fnn", True),
+            norm_before=config.flag("emb_layer_norm_before", False),
+            rescale_masked=config.flag("token_dropout", False),
+            pad_id=config.whole("pad_token_id", 1, least=0),
+            mask_id=config.whole("mask_token_id", 2, least=0),
+            layer_norm_eps=config.number("layer_norm_eps", 1e-12),
+            residual_dropout=config.number("hidden_dropout_prob", 0.1),
+            attention_dropout=config.number("attention_probs_dropout_prob", 0.1),
             with_lm_head=has_head,
-            tie_embeddings=has_head and bool(config.take("tie_word_embeddings", True)),
+            tie_embeddings=has_head and config.flag("tie_word_embeddings", True),
         )
         config.ignore("tie_word_embeddings")
         config.finish()
         return shape
 
     def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
-        dropout = config.values.get("classifier_dropout") or config.values.get("hidden_dropout_prob") or 0.0
+        # Of the two classifiers the first knows one dropout, the second one of its own.
+        dropout = config.number("hidden_dropout_prob", 0.1)
         if "classifier.out_proj.weight" in tensors:
-            return HeadConfig(n_outputs=config.n_labels, pooling="first", hidden=True, dropout=float(dropout))
+            return HeadConfig(**labelled(config.labels), pooling="first", hidden=True, dropout=dropout)
         if "classifier.weight" in tensors:
-            return HeadConfig(n_outputs=config.n_labels, pooling="none", dropout=float(dropout))
+            own = dropout if config.take("classifier_dropout", None) is None else config.number("classifier_dropout")
+            return HeadConfig(**labelled(config.labels), pooling="none", dropout=own)
         return None
 
     def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
@@ -101,7 +122,6 @@ class EsmLayout(Layout):
         architecture = "EsmForMaskedLM" if config.with_lm_head else "EsmModel"
         if head is not None:
             architecture = f"EsmFor{'Token' if head.pooling == 'none' else 'Sequence'}Classification"
-        labels = {} if head is None else {"id2label": {str(i): f"LABEL_{i}" for i in range(head.n_outputs)}}
         return {
             "model_type": "esm",
             "architectures": [architecture],
@@ -111,6 +131,7 @@ class EsmLayout(Layout):
             "num_attention_heads": config.n_head,
             "intermediate_size": config.d_inner,
             "position_embedding_type": config.positions,
+            "rope_theta": config.rotary_base,
             "max_position_embeddings": config.max_positions,
             "add_bias_fnn": config.mlp_bias,
             "emb_layer_norm_before": config.norm_before,
@@ -121,13 +142,29 @@ class EsmLayout(Layout):
             "hidden_dropout_prob": config.residual_dropout,
             "attention_probs_dropout_prob": config.attention_dropout,
             "tie_word_embeddings": config.tie_embeddings,
-            **labels,
+            **label_keys(head),
         }
 
     def full(self, name: str, head: HeadConfig | None) -> str:
         if head is not None and not head.hidden:
             name = name.replace("classifier.out_proj.", "classifier.")
         return name if name.startswith(("lm_head.", "classifier.")) else f"esm.{name}"
+
+    def misfit(self, name: str, tensor: Tensor, backbone: Backbone) -> str | None:
+        config = backbone.config
+        maps, width = config.n_layer * config.n_head, config.d_model
+        shapes = {
+            "contact_head.regression.weight": (1, maps),
+            "contact_head.regression.bias": (1,),
+            "pooler.dense.weight": (width, width),
+            "pooler.dense.bias": (width,),
+            "embeddings.position_embeddings.weight": (config.max_positions, width),
+        }
+        if name in shapes and tensor.shape != shapes[name]:
+            return f"has shape {tuple(tensor.shape)} instead of {shapes[name]}"
+        if name in shapes and not tensor.is_floating_point():
+            return f"has type {tensor.dtype} instead of a floating one"
+        return super().misfit(name, tensor, backbone)
 
     def regenerable(self, config: BackboneConfig) -> list[str]:
         assert isinstance(config, NucleotideTransformerConfig)
@@ -139,7 +176,7 @@ class EsmLayout(Layout):
         config = backbone.config
         if name.endswith("inv_freq"):
             width = config.d_model // config.n_head
-            return 1.0 / (10000 ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width))
+            return 1.0 / (config.rotary_base ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width))
         if name == "embeddings.position_ids":
             return torch.arange(config.max_positions)[None]
         return None

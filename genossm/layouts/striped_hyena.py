@@ -1,7 +1,7 @@
 """Published StripedHyena and Evo-1: HuggingFace names (prefix `backbone.`) and those of the original code."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ class StripedHyenaLayout(Layout):
 
     name = "stripedhyena"
     model_type = "striped_hyena"
+    words: ClassVar[Mapping[str, str]] = {
+        **{"d_model": "hidden_size", "n_layer": "num_layers", "n_head": "num_attention_heads", "d_state": "state_size"},
+        **{"attn_layer_idx": "attn_layer_idxs", "short_filter_order": "short_filter_length"},
+        **{"base": "rotary_emb_base", "scaling": "rotary_emb_scaling_factor"},
+    }
     prefixes = ("backbone.",)
     keys = (
         ("embedding_layer.weight", "embedding.weight"),
@@ -45,20 +50,19 @@ class StripedHyenaLayout(Layout):
 
     def read_config(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> StripedHyenaConfig:
         n_layer, heads = config.whole("num_layers"), config.whole("num_attention_heads")
-        attention = tuple(int(i) for i in config.take("attn_layer_idxs", []))
-        convolution = tuple(int(i) for i in config.take("hyena_layer_idxs"))
+        attention, convolution = config.indices("attn_layer_idxs", []), config.indices("hyena_layer_idxs")
         if sorted(attention + convolution) != list(range(n_layer)):
             raise ValueError(
                 f"attn_layer_idxs and hyena_layer_idxs must name each of {n_layer} layers once; got {attention} and"
                 f" {convolution}."
             )
         groups = config.whole("proj_groups", 1)
-        if groups < 1 or heads % groups:
+        if heads % groups:
             raise ValueError(f"proj_groups must divide num_attention_heads={heads}; got {groups}.")
         config.require("hyena_filter_groups", [1], 1)
         config.require("smeared_gqa", [False], False)
-        scaled = bool(config.take("use_interpolated_rotary_pos_emb", False))
-        scaling = float(config.take("rotary_emb_scaling_factor", 1.0))
+        scaled = config.flag("use_interpolated_rotary_pos_emb", False)
+        scaling = config.number("rotary_emb_scaling_factor", 1.0)
         self._ignore(config)
         shape = StripedHyenaConfig(
             d_model=config.whole("hidden_size"),
@@ -72,25 +76,24 @@ class StripedHyenaLayout(Layout):
             pad_vocab_size_multiple=1,
             tokenizer="evo",
             short_filter_order=config.whole("short_filter_length", 3),
-            short_filter_bias=bool(config.take("short_filter_bias", True)),
+            short_filter_bias=config.flag("short_filter_bias", True),
             activation=config.require("mlp_activation", ACTIVATIONS, "silu"),
-            qkv_bias=bool(config.take("qkv_proj_bias", True)),
-            out_bias=bool(config.take("mha_out_proj_bias", True)),
-            column_split=bool(config.take("column_split_hyena", True)),
-            norm_eps=float(config.take("eps", 1e-6)),
-            final_norm=bool(config.take("final_norm", True)),
-            rotary_base=float(config.take("rotary_emb_base", 10_000)),
+            qkv_bias=config.flag("qkv_proj_bias", True),
+            out_bias=config.flag("mha_out_proj_bias", True),
+            column_split=config.flag("column_split_hyena", True),
+            norm_eps=config.number("eps", 1e-6),
+            final_norm=config.flag("final_norm", True),
+            rotary_base=config.number("rotary_emb_base", 10_000),
             rotary_scaling=scaling if scaled else 1.0,
-            tie_embeddings=bool(config.take("tie_embeddings", True)),
+            tie_embeddings=config.flag("tie_embeddings", True),
         )
         config.finish()
         return shape
 
     @staticmethod
     def _mlp_width(config: PublishedConfig) -> int:
-        width = config.take("inner_mlp_size", None)
-        multiple = config.whole("inner_size_multiple_of", 64)
-        return int(width) if width is not None else -(-int(8 * config.whole("hidden_size") / 3) // multiple) * multiple
+        width, multiple = config.whole_or_none("inner_mlp_size"), config.whole("inner_size_multiple_of", 64)
+        return width if width is not None else -(-int(8 * config.whole("hidden_size") / 3) // multiple) * multiple
 
     @staticmethod
     def _ignore(config: PublishedConfig) -> None:
@@ -123,6 +126,9 @@ class StripedHyenaLayout(Layout):
 
     def full(self, name: str, head: HeadConfig | None) -> str:
         return f"backbone.{name}"
+
+    def required(self, config: BackboneConfig, architecture: str) -> list[str]:
+        return self.regenerable(config)
 
     def regenerable(self, config: BackboneConfig) -> list[str]:
         assert isinstance(config, StripedHyenaConfig)

@@ -34,6 +34,8 @@ class HyenaDNAConfig(PreNormConfig):
     """Initial frequency of the filter's sines."""
     train_freq: bool = True
     """Whether the frequencies are trained."""
+    modulate: bool = True
+    """Whether the filters stand under an exponential window."""
     shift: float = 0.05
     """Floor of the filter's window; the published inference code has 0.05, the published training code 0."""
     final_norm_eps: float | None = None
@@ -74,6 +76,7 @@ def _mixer(config: HyenaDNAConfig) -> HyenaOperator:
         frequency=config.frequency,
         train_freq=config.train_freq,
         shift=config.shift,
+        modulate=config.modulate,
         own_positions=config.own_positions,
         own_decay=config.own_decay,
     )

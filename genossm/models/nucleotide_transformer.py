@@ -37,6 +37,8 @@ class NucleotideTransformerConfig(BackboneConfig):
     """Width F of the networks."""
     positions: str = "rotary"
     """`absolute` (learned, first generation) or `rotary`."""
+    rotary_base: float = 10_000.0
+    """Of the wavelengths of rotary positions."""
     max_positions: int = 1002
     """Rows of the table of learned positions, of which the first `pad_id + 1` stand for no position."""
     activation: str = "swiglu"
@@ -143,7 +145,7 @@ class NucleotideTransformer(Backbone):
     def __init__(self, config: NucleotideTransformerConfig):
         super().__init__(config)
         self.config: NucleotideTransformerConfig = config
-        rotary = Rotary(config.d_model // config.n_head) if config.positions == "rotary" else None
+        rotary = Rotary(config.d_model // config.n_head, config.rotary_base) if config.positions == "rotary" else None
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.max_positions, config.d_model) if rotary is None else None
         self.norm_before = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps) if config.norm_before else None

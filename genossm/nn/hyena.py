@@ -52,6 +52,7 @@ class HyenaFilter(nn.Module):
         frequency: initial frequency of the sines.
         train_freq: whether the frequencies are trained.
         shift: floor of the window: the published inference code has 0.05, the published training code 0.
+        modulate: whether there is a window.
         skip: whether there is a weight of the input itself, `bias`.
         own_positions: hold z (a parameter) and t instead of computing them: some published models trained z.
         own_decay: hold the decays of the window instead of computing them.
@@ -69,6 +70,7 @@ class HyenaFilter(nn.Module):
         frequency: float = 10.0,
         train_freq: bool = True,
         shift: float = 0.05,
+        modulate: bool = True,
         skip: bool = True,
         own_positions: bool = False,
         own_decay: bool = False,
@@ -77,6 +79,7 @@ class HyenaFilter(nn.Module):
         self.l_max = l_max
         self.emb_dim = emb_dim
         self.shift = shift
+        self.modulate = modulate
         self.bias = nn.Parameter(torch.randn(channels)) if skip else None
         sine = Sin(filter_order, frequency, train_freq)
         layers: list[nn.Module] = [nn.Linear(emb_dim, filter_order), sine]
@@ -147,9 +150,11 @@ class HyenaFilter(nn.Module):
     def channels(self, h_FL: Tensor, t_L: Tensor, rows: slice) -> Tensor:
         """Return the taps of some channels, from what `trunk` returned."""
         with torch.autocast(self.deltas_C.device.type, enabled=False):
-            window_CL = torch.exp(-self.deltas_C[rows].abs()[:, None] * t_L) + self.shift
             last = cast(nn.Linear, self.implicit_filter[-1])
-            return (last.weight[rows] @ h_FL) * window_CL
+            k_CL = last.weight[rows] @ h_FL
+            if not self.modulate:
+                return k_CL
+            return k_CL * (torch.exp(-self.deltas_C[rows].abs()[:, None] * t_L) + self.shift)
 
 
 class HyenaOperator(nn.Module):

@@ -115,12 +115,17 @@ class Mamba(nn.Module):
                 self.dt_proj.weight.uniform_(-spread, spread)
             self.dt_proj.bias.copy_(shape.steps.bias(width))
 
-    def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None, resets_BL: Tensor | None = None) -> Tensor:
-        """Mix along time, from left to right."""
-        assert self.in_proj is not None
-        assert self.out_proj is not None
-        xz_BLE2 = _project(self.in_proj, x_BLD, None)
-        return _project(self.out_proj, self.mix(xz_BLE2, lengths_B=lengths_B, resets_BL=resets_BL)[0], None)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        lengths_B: Tensor | None = None,
+        resets_BL: Tensor | None = None,
+        mirrored: bool = False,
+    ) -> Tensor:
+        """Mix along time, from left to right; `mirrored` is that of `BiMamba.forward`."""
+        xz_BLE2 = _project(self.in_proj, x_BLD, 1 if mirrored else None)
+        y_BLE, _ = self.mix(xz_BLE2, reverse=mirrored, lengths_B=lengths_B, resets_BL=resets_BL)
+        return _project(self.out_proj, y_BLE, 0 if mirrored else None)
 
     def mix(
         self, xz_BLE2: Tensor, state: dict[str, Any] | None = None, reverse: bool = False, **rows: Tensor | None
