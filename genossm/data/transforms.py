@@ -1,6 +1,6 @@
 """What happens to a batch of ids between the genome and the model: strands, masking, weights. All seeded by number."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,20 @@ class MaskTokens:
     fraction: float = 0.15
     mask: float = 0.8
     random: float = 0.1
+    train_fraction: float | None = None
+    """Share that is chosen in training, where it differs: more targets a batch (Wettig et al. 2023); None: the same."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1]; got {self.fraction}.")
+        for name in ("fraction", "train_fraction"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} must be in (0, 1]; got {share}.")
         if min(self.mask, self.random) < 0 or self.mask + self.random > 1:
             raise ValueError(f"mask and random must be shares that sum to at most 1; got {self.mask}, {self.random}.")
+
+    def in_training(self) -> "MaskTokens":
+        """Return what corrupts training batches."""
+        return replace(self, fraction=self.train_fraction or self.fraction)
 
     def __call__(self, ids_BL: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
         """Return corrupted ids and targets (`IGNORED` where nothing is asked)."""
@@ -55,6 +63,10 @@ class MaskTokens:
 @dataclass(frozen=True, kw_only=True)
 class NextToken:
     """Causal targets: the id that follows; N and special tokens are never a target."""
+
+    def in_training(self) -> "NextToken":
+        """Return what makes the targets of training batches: itself."""
+        return self
 
     def __call__(self, ids_BL: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
         """Return ids without the last and the targets of each; where all are bases, both are views of the same ids."""

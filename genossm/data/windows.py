@@ -269,7 +269,8 @@ class WindowBatches:
             else:
                 for index in turned:
                     codes_BL[index] = alphabet.reverse_complement(codes_BL[index], holds_n)
-        return self._batch(codes_BL, [[self.seed, number, row, _RETRIES] for row in rows])
+        seeds = [[self.seed, number, row, _RETRIES] for row in rows]
+        return self._batch(codes_BL, seeds, self.objective.in_training())
 
     def _copy(
         self,
@@ -347,15 +348,15 @@ class WindowBatches:
         seeds = [[self.seed, tile.start, zlib.crc32(tile.chrom.encode())] for tile in tiles]
         if not self.keeps_case:
             np.bitwise_and(codes_BL, np.uint8(0x7F), out=codes_BL)
-        return self._batch(codes_BL, seeds)
+        return self._batch(codes_BL, seeds, self.objective)
 
-    def _batch(self, codes_BL: Bytes, seeds: list[list[int]]) -> Batch:
+    def _batch(self, codes_BL: Bytes, seeds: list[list[int]], objective: Objective) -> Batch:
         ids_BL = self.tokenizer.from_codes(codes_BL) if self.keeps_case else codes_BL
-        if isinstance(self.objective, NextToken):
-            inputs_BL, targets_BL = self.objective(ids_BL, np.random.default_rng(0))
+        if isinstance(objective, NextToken):
+            inputs_BL, targets_BL = objective(ids_BL, np.random.default_rng(0))
         else:
             # Each row has draws of its own, so that it does not matter which process has it.
-            rows = [self.objective(ids_BL[i : i + 1], np.random.default_rng(seed)) for i, seed in enumerate(seeds)]
+            rows = [objective(ids_BL[i : i + 1], np.random.default_rng(seed)) for i, seed in enumerate(seeds)]
             inputs_BL, targets_BL = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         batch: Batch = {
             "ids_BL": torch.from_numpy(inputs_BL),
@@ -363,6 +364,6 @@ class WindowBatches:
         }
         if self.soft_mask_weight != 1:
             weights_BL = soft_mask_weights(codes_BL, self.soft_mask_weight)
-            shifted = weights_BL[:, 1:] if isinstance(self.objective, NextToken) else weights_BL
+            shifted = weights_BL[:, 1:] if isinstance(objective, NextToken) else weights_BL
             batch["weights_BL"] = torch.from_numpy(np.ascontiguousarray(shifted))
         return batch

@@ -12,6 +12,8 @@ from genossm.ops import backend
 from genossm.ops.rows import check_rows, dropped_states, real_positions
 
 _KERNELS = {
+    "triton": "genossm.ops.kernels.ssd_triton",
+    "numba": "genossm.ops.kernels.ssd_numba",
     "torch": "genossm.ops.kernels.ssd_torch",
 }
 """The module whose `ssd` is a backend, fastest first."""
@@ -114,7 +116,9 @@ def ssd(
     check_rows(lengths_B, resets_BL, x_BLHP.shape[0], x_BLHP.shape[1])
     if x_BLHP.shape[2] % B_BLGN.shape[2]:
         raise ValueError(f"The {B_BLGN.shape[2]} groups of B and C must divide the {x_BLHP.shape[2]} heads.")
-    chosen = backend.choose("ssd", x_BLHP.device, [*_KERNELS, "reference"]).name
+    # The kernels compute in float32.
+    offered = [name for name in _KERNELS if name == "torch" or x_BLHP.dtype != torch.float64]
+    chosen = backend.choose("ssd", x_BLHP.device, [*offered, "reference"]).name
     run = ssd_ref if chosen == "reference" else importlib.import_module(_KERNELS[chosen]).ssd
     return run(
         x_BLHP,

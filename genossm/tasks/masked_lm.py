@@ -17,6 +17,7 @@ class MaskedLM(LanguageModel):
         model, optim, steps: see `Task`.
         fraction: share of the bases that are targets.
         mask, random: shares of the targets that become `[MASK]` or a random base; the rest stays.
+        train_fraction: share in training alone, where it differs from that of evaluation.
     """
 
     objective_name = "masked"
@@ -29,8 +30,10 @@ class MaskedLM(LanguageModel):
         fraction: float = 0.15,
         mask: float = 0.8,
         random: float = 0.1,
+        train_fraction: float | None = None,
     ):
-        super().__init__(model, optim, steps, MaskTokens(fraction=fraction, mask=mask, random=random))
+        objective = MaskTokens(fraction=fraction, mask=mask, random=random, train_fraction=train_fraction)
+        super().__init__(model, optim, steps, objective)
         self.hides = mask > 0
 
     def evaluated(self, batch: Batch) -> Tensor:

@@ -27,6 +27,50 @@ def draw_inputs(batch, length, heads, headdim, groups, states, dtype=torch.float
     return {name: tensor.to(dtype) for name, tensor in drawn.items()}
 
 
+def test_numba_equals_reference_forward_and_backward(rows):
+    with use_backend("numba"):
+        assert_equals_reference(ssd, ssd_ref, draw_inputs(2, 37, 4, 3, 2, 5, dtype=torch.float32), rows)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("headdim", [3, 100, 300])
+def test_numba_over_several_chunks_and_blocks(reverse, headdim):
+    options = {"reverse": reverse, "return_state": True, "resets_BL": torch.rand(2, 150) < 0.03}
+    options["lengths_B"] = torch.tensor([150, 90])
+    with use_backend("numba"):
+        inputs = draw_inputs(2, 150, 3, headdim, 1, 2, dtype=torch.float32, wide_skip=True)
+        assert_equals_reference(ssd, ssd_ref, inputs, options)
+
+
+def test_numba_on_several_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with use_backend("numba"):
+        assert_equals_reference(ssd, ssd_ref, draw_inputs(3, 70, 4, 3, 2, 5, dtype=torch.float32), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numba_takes_half_precision(dtype):
+    with use_backend("numba"):
+        y = ssd(**draw_inputs(1, 20, 2, 3, 1, 2, dtype=dtype, bare=True))
+    assert y.dtype == dtype
+    assert_close(y, ssd_ref(**draw_inputs(1, 20, 2, 3, 1, 2, dtype=dtype, bare=True)))
+
+
+def test_documents_are_apart_bit_by_bit():
+    inputs = draw_inputs(1, 40, 2, 3, 1, 4, dtype=torch.float32, bare=True)
+    resets = torch.zeros(1, 40, dtype=torch.bool)
+    resets[0, 25] = True
+    other = {name: tensor.clone() for name, tensor in inputs.items()}
+    other["x_BLHP"][:, :25] *= 100
+    with use_backend("numba"):
+        assert torch.equal(ssd(**inputs, resets_BL=resets)[:, 25:], ssd(**other, resets_BL=resets)[:, 25:])
+
+
+def test_no_position_is_refused():
+    with pytest.raises(ValueError, match="length 0"):
+        ssd(**draw_inputs(1, 0, 2, 3, 1, 2))
+
+
 def test_torch_equals_reference_forward_and_backward(rows):
     with use_backend("torch"):
         assert_equals_reference(ssd, ssd_ref, draw_inputs(2, 37, 4, 3, 2, 5), rows)

@@ -15,6 +15,7 @@ from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref
 from genossm.ops.hyena_conv import hyena_conv, hyena_conv_ref
 from genossm.ops.selective_scan import selective_scan, selective_scan_ref
+from genossm.ops.ssd import ssd, ssd_ref
 from genossm.testing import assert_equals_reference
 
 pytestmark = pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
@@ -137,6 +138,55 @@ def test_hyena_conv(length):
         assert_equals_reference(hyena_conv, hyena_conv_ref, inputs, {})
 
 
+def draw_ssd(batch, length, heads, headdim, groups, states, dtype=torch.float32, bare=False):
+    inputs = {
+        "x_BLHP": torch.randn(batch, length, heads, headdim, device=DEVICE).to(dtype),
+        "dt_BLH": draw(batch, length, heads, dtype=dtype),
+        "A_H": -torch.rand(heads, device=DEVICE) - 0.1,
+        "B_BLGN": torch.randn(batch, length, groups, states, device=DEVICE).to(dtype) / states**0.5,
+        "C_BLGN": torch.randn(batch, length, groups, states, device=DEVICE).to(dtype),
+    }
+    if not bare:
+        inputs |= {
+            "D": torch.randn(heads, headdim, device=DEVICE),
+            "z_BLHP": torch.randn(batch, length, heads, headdim, device=DEVICE).to(dtype),
+            "dt_bias_H": torch.randn(heads, device=DEVICE) - 3,
+            "initial_state_BHPN": torch.randn(batch, heads, headdim, states, device=DEVICE),
+        }
+    return inputs
+
+
+@small
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 1, 1, 1, 1, 1), {}),
+        ((1, 63, 2, 3, 1, 2), {}),
+        ((1, 64, 1, 2, 1, 20), {"reverse": True}),
+        ((2, 70, 4, 3, 2, 5), {"lengths_B": (70, 20), "resets_BL": True}),
+        ((2, 70, 2, 3, 1, 5), {"lengths_B": (70, 20), "resets_BL": True, "reverse": True}),
+        ((1, 30, 1, 2, 1, 70), {"resets_BL": True}),
+    ],
+    ids=str,
+)
+def test_ssd(shape, options):
+    options = dict(options, return_state=True)
+    if "lengths_B" in options:
+        options["lengths_B"] = torch.tensor(options["lengths_B"], device=DEVICE)
+    if "resets_BL" in options:
+        options["resets_BL"] = torch.rand(shape[:2], device=DEVICE) < 0.05
+        options["resets_BL"][0, 0] = options["resets_BL"][-1, 17] = True
+    with use_backend("triton"):
+        assert_equals_reference(ssd, ssd_ref, draw_ssd(*shape), options)
+
+
+@small
+def test_ssd_of_half_precision():
+    with use_backend("triton"):
+        inputs = draw_ssd(1, 20, 2, 3, 1, 2, torch.bfloat16, bare=True)
+        assert_equals_reference(ssd, ssd_ref, inputs, {})
+
+
 def relative(got, truth):
     got, truth = got.detach().double(), truth.detach().double()
     return float((got - truth).norm() / truth.norm())
@@ -226,3 +276,31 @@ def test_fftconv_at_real_lengths(length, dtype, allowed):
         inputs, gradients, torch.autograd.grad(truth, list(truths.values()), weight.double()), strict=True
     ):
         assert relative(one, other) <= allowed, name
+
+
+@gpu
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"resets_BL": True}], ids=str)
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(1, 131071, 3, 64, 1, 128), (2, 8192, 8, 40, 2, 24), (3, 1000, 2, 128, 1, 64)])
+def test_ssd_at_real_lengths(shape, dtype, allowed, options):
+    """Values, states and every gradient by ‖got - truth‖ / ‖truth‖, and bit by bit the same when run again."""
+    options = dict(options, return_state=True)
+    if "resets_BL" in options:
+        options["resets_BL"] = torch.rand(shape[:2], device=DEVICE) < 0.001
+    inputs = {name: tensor.requires_grad_() for name, tensor in draw_ssd(*shape, dtype).items()}
+    truths = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    with use_backend("triton"):
+        got, again = ssd(**inputs, **options), ssd(**inputs, **options)
+    with use_backend("torch"):
+        truth = ssd(**truths, **options)
+    weights = [torch.randn_like(tensor) for tensor in truth]
+    for one, other in zip(got, truth, strict=True):
+        assert relative(one, other) <= allowed
+    for_ours = [weight.to(tensor.dtype) for weight, tensor in zip(weights, got, strict=True)]
+    gradients = torch.autograd.grad(got, list(inputs.values()), for_ours)
+    repeated = torch.autograd.grad(again, list(inputs.values()), for_ours)
+    for_truth = [weight.double() for weight in for_ours]
+    wanted = torch.autograd.grad(truth, list(truths.values()), for_truth)
+    for name, one, two, other in zip(inputs, gradients, repeated, wanted, strict=True):
+        assert relative(one, other) <= allowed, name
+        assert torch.equal(one, two), f"{name} does not repeat"
