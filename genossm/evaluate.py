@@ -3,6 +3,7 @@
 import json
 import logging
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -10,13 +11,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from genossm.comparison import Row, read_published, summarise, write_tables
 from genossm.config import compose as compose_verb
+from genossm.config import conf_folder
 from genossm.config import launch as launch_verb
+from genossm.data.protocols import PROTOCOLS
 from genossm.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -73,19 +76,30 @@ def evaluate(config: DictConfig) -> EvaluateResult:
     for name, allowed in (("launcher", LAUNCHERS), ("baselines", BASELINES)):
         if config[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {config[name]!r}.")
-    folder = Path(config.output) / str(config.name)
+    model, protocol = _model(config)[0], config.suite.protocol
+    # A pretrained model is what its folder is, whatever the model group says.
+    model = str(config.pretrained or config.model.pretrained or model)
+    folder = Path(config.output) / str(
+        config.name or re.sub(r"[^\w.-]+", "_", f"{config.suite.name}_{protocol}_{model}")
+    )
     cells = grid(config, folder)
+    for cell in cells:
+        _refuse_changed(cell)
     if config.retry_failed:
         for cell in cells:
             cell.failure.unlink(missing_ok=True)
-    waiting = [cell for cell in cells if not cell.result.exists() and not cell.failure.exists()]
-    logger.info("%d of %d cells are left to run", len(waiting), len(cells))
+    part, parts = _part(config.part)
+    waiting = [cell for cell in cells[part::parts] if not cell.result.exists() and not cell.failure.exists()]
+    logger.info("%d of %d cells are left to run", len(waiting), len(cells[part::parts]))
     if config.launcher == "slurm":
         launch_slurm(waiting, folder, config)
     else:
         launch(waiting, int(config.jobs))
+    if config.part is not None:
+        logger.info("part %s is done; the same command without part writes the table", config.part)
+        return EvaluateResult(folder, [], [])
     rows: list[Row] = []
-    footer = [f"protocol {config.suite.protocol}; the rate is the one with the best validation mean"]
+    footer = [f"protocol {protocol}: {PROTOCOLS[protocol]}; of several rates, the one with the best validation mean"]
     for task in dict.fromkeys(cell.task for cell in cells):
         mine = [cell for cell in cells if cell.task == task]
         found = [(cell.rate, json.loads(cell.result.read_text())) for cell in mine if cell.result.exists()]
@@ -94,14 +108,56 @@ def evaluate(config: DictConfig) -> EvaluateResult:
             f"failed: {c.task}, seed {c.seed}, lr {c.rate:g}: {c.failure.read_text().strip()[:200]}" for c in failed
         ]
         if found:
-            rows.append(summarise(task, str(config.model), found, len(failed)))
+            rows.append(summarise(task, model, found, len(failed)))
         about = describe(mine[0], config, rows[-1].metric if found else None)
         rows += [Row(**row) for row in about["rows"]]
         rows += read_published(config.suite.benchmark, config.suite.protocol, task)
         footer += [f"{task}: {line}" for line in about["leaks"]]
-    write_tables(folder, str(config.suite.name), rows, footer)
+    write_tables(folder, f"{config.suite.name}, protocol {protocol}", rows, footer)
     report(rows, footer, folder)
     return EvaluateResult(folder, rows, footer)
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    """Return i and n of "i/n"; (0, 1) of None."""
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", str(text))
+    if found is None or not int(found[1]) < int(found[2]):
+        raise ValueError(f"part must be i/n with i from 0 to n - 1, like 0/4; got {text!r}.")
+    return int(found[1]), int(found[2])
+
+
+def _model(config: DictConfig) -> tuple[str, list[str]]:
+    """Return the model's name in conf/model and the overrides that make it what the config says."""
+    for file in sorted((conf_folder() / "model").glob("*.yaml")):
+        shipped = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
+        if shipped["_target_"] == config.model._target_:
+            values = cast(dict[str, Any], OmegaConf.to_container(config.model, resolve=True))
+            changed = {key: value for key, value in values.items() if value != shipped.get(key)}
+            return file.stem, [f"model={file.stem}", *(f"model.{k}={json.dumps(v)}" for k, v in changed.items())]
+    raise ValueError(f"No file of conf/model builds a {config.model._target_}.")
+
+
+def _context(config: DictConfig, task: str) -> list[str]:
+    """Return what raises a fresh model's context to the longest row of a task, where the model has one."""
+    needed, own = config.suite.lengths.get(task, 0), config.model.get("max_length")
+    fresh = not (config.pretrained or config.model.pretrained)
+    return [f"model.max_length={needed}"] if fresh and own is not None and own < needed else []
+
+
+def _refuse_changed(cell: Cell) -> None:
+    """Refuse to go on with a cell that was begun with other settings; note those of a new one."""
+    noted = Path(cell.folder) / "settings.json"
+    text = json.dumps(cell.overrides, indent=1) + "\n"
+    if noted.exists() and noted.read_text() != text:
+        before, now = set(json.loads(noted.read_text())), set(cell.overrides)
+        raise ValueError(
+            f"{cell.folder} was begun with other settings: {', '.join(sorted(before - now)) or 'fewer'} instead of"
+            f" {', '.join(sorted(now - before)) or 'none'}. Give this evaluation a name of its own (name=...)."
+        )
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(noted, lambda path: path.write_text(text))
 
 
 def grid(config: DictConfig, folder: Path) -> list[Cell]:
@@ -115,6 +171,7 @@ def grid(config: DictConfig, folder: Path) -> list[Cell]:
         raise ValueError(
             f"{config.suite.name} has no task {', '.join(unknown)}; it has: {', '.join(config.suite.tasks)}."
         )
+    model = _model(config)[1]
     seeds, rates = list(config.seeds or config.suite.seeds), list(config.rates or config.suite.rates)
     cells: list[Cell] = []
     for task in [t for t in config.suite.tasks if not config.only or t in config.only]:
@@ -123,9 +180,10 @@ def grid(config: DictConfig, folder: Path) -> list[Cell]:
                 own = folder / "cells" / task / f"lr{rate:g}_seed{seed}"
                 overrides = [
                     "experiment=finetune",
-                    f"model={config.model}",
+                    *model,
                     *config.suite.common,
                     *config.suite.tasks[task],
+                    *_context(config, task),
                     f"protocol={config.suite.protocol}",
                     f"seed={seed}",
                     f"optim.lr={rate}",

@@ -37,6 +37,43 @@ def test_suite_runs_and_resumes(tmp_path):
     assert evaluate(quick(tmp_path, "rates=[0.003]")).rows[0].mean == 0.123
 
 
+def test_parts_of_a_sweep_share_the_grid_and_leave_the_table_to_the_end(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("genossm.evaluate.launch", lambda cells, jobs: ran.append([(c.task, c.rate) for c in cells]))
+    config = [f"output={tmp_path}", "suite=quick", "rates=[0.1,0.2,0.3]"]
+    for part in ("part=0/2", "part=1/2"):
+        assert evaluate(compose([*config, part])).rows == []
+    assert sorted(ran[0] + ran[1]) == sorted((t, r) for t in ("regions", "splice_sites") for r in (0.1, 0.2, 0.3))
+    assert abs(len(ran[0]) - len(ran[1])) <= 1
+
+
+@pytest.mark.parametrize(("model", "raised"), [("hyenadna", True), ("caduceus", False)])
+def test_context_is_raised_for_long_tasks_of_models_that_have_one(model, raised, tmp_path):
+    found = {
+        cell.task: [word for word in cell.overrides if "max_length" in word]
+        for cell in grid(compose(["suite=genomic_benchmarks", f"model={model}", "seeds=[1]", "rates=[0.1]"]), tmp_path)
+    }
+    assert found["dummy_mouse_enhancers_ensembl"] == (["model.max_length=4776"] if raised else [])
+    assert found["drosophila_enhancers_stark"] == (["model.max_length=3237"] if raised else [])
+    assert found["human_enhancers_cohn"] == []
+    pretrained = compose(["suite=genomic_benchmarks", "model=hyenadna", "pretrained=folder", "seeds=[1]"])
+    assert not any("max_length" in word for cell in grid(pretrained, tmp_path) for word in cell.overrides)
+
+
+def test_model_is_chosen_and_changed_as_for_train(tmp_path):
+    config = compose(["suite=quick", "model=caduceus", "model.d_model=8", "model.rcps=true"])
+    own = compose_train(list(grid(config, tmp_path)[0].overrides))
+    assert own.model._target_.endswith("CaduceusConfig")
+    assert (own.model.d_model, own.model.rcps, own.model.n_layer) == (8, True, config.model.n_layer)
+
+
+def test_cells_begun_with_other_settings_are_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("genossm.evaluate.launch", lambda cells, jobs: None)
+    evaluate(compose(["suite=quick", f"output={tmp_path}", "part=0/1"]))
+    with pytest.raises(ValueError, match=r"begun with other settings: .*instead of .*model.d_model=8"):
+        evaluate(compose(["suite=quick", f"output={tmp_path}", "part=0/1", "model.d_model=8"]))
+
+
 def cells(tmp_path, *names):
     return [Cell(task=n, seed=1, rate=0.1, overrides=(), folder=str(tmp_path / n)) for n in names]
 
@@ -116,6 +153,8 @@ def test_every_suite_composes_with_every_task(suite, tmp_path):
         ("launcher=pbs", "launcher must be one of local, slurm"),
         ("baselines=svm", "baselines must be one of"),
         ("jobs=0", "jobs must be at least 1"),
+        ("part=2/2", "part must be i/n"),
+        ("part=half", "part must be i/n"),
     ],
 )
 def test_mistakes_are_named(override, message, tmp_path):
