@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts.written import InMemory
 
 from genossm import published, source
-from tests.layouts.written import InMemory
 
 PARITY = Path(__file__).parent / "data" / "parity"
 CASES = sorted(folder.name for folder in PARITY.iterdir() if folder.is_dir())

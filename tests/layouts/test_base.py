@@ -9,7 +9,7 @@ import torch
 
 from genossm import published, source
 from genossm.layouts.base import PublishedConfig
-from tests.layouts.written import InMemory
+from layouts.written import InMemory
 
 PARITY = Path(__file__).parent.parent / "data" / "parity"
 CASES = ["caduceus-ps-seqcls", "hyenadna-ckpt-head-pool", "hyenadna-hf-tiny", "mamba-hf-tiny", "mamba2-ssm-tiny"]

@@ -6,8 +6,8 @@ import torch
 from genossm import published
 from genossm.models.caduceus import CaduceusConfig
 from genossm.nn.head import HeadConfig
-from tests.layouts.restated import below, caduceus, strand_logits
-from tests.layouts.written import InMemory, close, ids_of, written
+from layouts.restated import below, caduceus, strand_logits
+from layouts.written import InMemory, close, ids_of, written
 
 SMALL = {"d_model": 16, "n_layer": 3, "d_state": 4}
 VARIANTS = {

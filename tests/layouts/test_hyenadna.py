@@ -8,8 +8,8 @@ import torch
 from genossm import published
 from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.nn.head import HeadConfig
-from tests.layouts.restated import below, hyenadna
-from tests.layouts.written import InMemory, close, ids_of, written
+from layouts.restated import below, hyenadna
+from layouts.written import InMemory, close, ids_of, written
 
 SMALL = {"d_model": 16, "n_layer": 2, "max_length": 40, "filter_order": 8}
 VARIANTS = {

@@ -5,8 +5,8 @@ import torch
 
 from genossm import published, source
 from genossm.models.mamba import Mamba2Config, MambaConfig
-from tests.layouts.restated import below, mamba_lm
-from tests.layouts.written import InMemory, close, ids_of, written
+from layouts.restated import below, mamba_lm
+from layouts.written import InMemory, close, ids_of, written
 
 FIRST = {"d_model": 16, "n_layer": 2, "d_state": 4, "vocab_size": 12}
 SECOND = {**FIRST, "headdim": 8}

@@ -7,8 +7,8 @@ from genossm import published, source
 from genossm.models.base import lengths_of
 from genossm.models.nucleotide_transformer import NucleotideTransformerConfig
 from genossm.nn.head import HeadConfig
-from tests.layouts.restated import below, esm_v2
-from tests.layouts.written import InMemory, close, ids_of, written
+from layouts.restated import below, esm_v2
+from layouts.written import InMemory, close, ids_of, written
 
 SHAPE = {
     **{"vocab_size": 33, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24},

@@ -5,8 +5,8 @@ import torch
 
 from genossm import published
 from genossm.models.striped_hyena import StripedHyenaConfig
-from tests.layouts.restated import below, striped_hyena
-from tests.layouts.written import InMemory, close, ids_of, written
+from layouts.restated import below, striped_hyena
+from layouts.written import InMemory, close, ids_of, written
 
 SMALL = {"d_model": 16, "n_layer": 3, "n_head": 4, "d_state": 3, "vocab_size": 20, "pad_vocab_size_multiple": 1}
 VARIANTS = {
