@@ -113,6 +113,10 @@ def install() -> Iterator[Finding]:
         for name in backend.NAMES:
             refusal = backend.runs(name, torch.device(kind))
             yield Finding(f"backend {name} on {kind}", None, "runs" if refusal is None else f"no: {refusal}")
+    for kind in ("cpu", "cuda", "mps"):
+        for op, offered in _OPS.items():
+            choice = backend.explain(op, torch.device(kind), offered)
+            yield Finding(f"{op} on {kind}", None, f"{choice.name}: {choice.reason}")
     yield Finding("cache", None, str(cache_folder()))
     hub = os.environ.get("HF_HOME", "~/.cache/huggingface")
     yield Finding("hub cache", None, f"{hub}{', offline' if os.environ.get('HF_HUB_OFFLINE') == '1' else ''}")

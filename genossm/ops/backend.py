@@ -27,6 +27,8 @@ class Choice:
 
     name: str
     reason: str
+    slower: bool = False
+    """Whether the device has a faster one that can't run here."""
 
 
 @functools.cache
@@ -62,21 +64,31 @@ def runs(name: str, device: torch.device) -> str | None:
 
 
 def choose(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
-    """Choose the backend of an op.
+    """Choose the backend of an op, as `explain` does; a slower one than the best is logged once, with the reason."""
+    choice = explain(op, device, offered)
+    if choice.slower:
+        _log_once(op, choice.name, choice.reason)
+    return choice
+
+
+def explain(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
+    """Tell which backend of an op runs on a kind of device, and why.
 
     Args:
-        op: the op's name, for the log.
+        op: the op's name, for the messages.
         device: where the tensors are.
         offered: the backends that the op has, best first.
 
     Returns:
-        What `use_backend` asks for, else the first that can run; a slower one than the best for this kind of device
-        is logged once, with the reason.
+        What `use_backend` asks for, else the first that can run. `mamba_ssm` has no kernel but those of the scans: the
+        other ops choose for themselves where it is asked for.
 
     Raises:
         ValueError: `use_backend` asks for one that this op has not or that can't run here.
     """
     forced = _forced.get()
+    if forced == "mamba_ssm" and forced not in offered:
+        forced = None
     if forced is not None:
         if forced not in offered:
             raise ValueError(f"{op} has no backend {forced!r}; it has: {', '.join(offered)}.")
@@ -85,18 +97,16 @@ def choose(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
             raise ValueError(f"Backend {forced!r} can't run {op} here: {refusal}.")
         return Choice(forced, "asked for by use_backend")
     native = {"cpu": "numba", "cuda": "triton"}.get(device.type)
-    reason = f"the fastest for {device.type}"
+    refused = None
     for name in offered:
         if name == "triton" and device.type == "cpu":
             # The interpreter is for tests, which ask for it by name.
             continue
         refusal = runs(name, device)
         if refusal is None:
-            if reason != f"the fastest for {device.type}":
-                _log_once(op, name, reason)
-            return Choice(name, reason)
+            return Choice(name, refused or f"the fastest for {device.type}", slower=refused is not None)
         if name == native:
-            reason = refusal
+            refused = refusal
     raise RuntimeError(f"{op} has no backend for {device.type}.")
 
 

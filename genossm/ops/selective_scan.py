@@ -19,8 +19,9 @@ _KERNELS = {
     "triton": "genossm.ops.kernels.selective_scan_triton",
     "numba": "genossm.ops.kernels.selective_scan_numba",
     "torch": "genossm.ops.kernels.selective_scan_torch",
+    "mamba_ssm": "genossm.ops.kernels.scans_mamba_ssm",
 }
-"""The module whose `selective_scan` is a backend, fastest first."""
+"""The module whose `selective_scan` is a backend, fastest first; the last runs where it is asked for alone."""
 
 
 def selective_scan_ref(

@@ -15,8 +15,9 @@ _KERNELS = {
     "triton": "genossm.ops.kernels.ssd_triton",
     "numba": "genossm.ops.kernels.ssd_numba",
     "torch": "genossm.ops.kernels.ssd_torch",
+    "mamba_ssm": "genossm.ops.kernels.scans_mamba_ssm",
 }
-"""The module whose `ssd` is a backend, fastest first."""
+"""The module whose `ssd` is a backend, fastest first; the last runs where it is asked for alone."""
 
 
 def ssd_ref(
