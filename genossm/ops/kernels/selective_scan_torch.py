@@ -79,6 +79,14 @@ def _time_major(x_BLE: Tensor, span: slice, dtype: torch.dtype) -> Tensor:
     return x_BLE[:, span].transpose(0, 1).to(dtype)
 
 
+class _Buffer:
+    """Memory for one chunk that every chunk uses anew, whole and position by position: views cost as much as steps."""
+
+    def __init__(self, like: Tensor, positions: int):
+        self.whole = like.new_empty(positions, *like.shape)
+        self.rows = self.whole.unbind(0)
+
+
 @dataclass
 class _Steps:
     """What one chunk's positions do, time first: inputs, step sizes, decays and, once run, states."""
@@ -88,10 +96,12 @@ class _Steps:
     dt: Tensor
     decay: Tensor
     h: Tensor
+    decays: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
     real: Tensor | None
 
     @classmethod
-    def of(cls, plan: _Plan, tensors: tuple[Any, ...], span: slice, buffers: list[Tensor]) -> "_Steps":
+    def of(cls, plan: _Plan, tensors: tuple[Any, ...], span: slice, buffers: list[_Buffer]) -> "_Steps":
         """Discretise a chunk; `h` holds what each position adds to the state until `run`."""
         real_BL, drop_BL, u_BLE, dt_BLE, A_EN, B_BLN, bias_E = tensors
         u, raw = _time_major(u_BLE, span, plan.dtype), _time_major(dt_BLE, span, plan.dtype)
@@ -105,18 +115,17 @@ class _Steps:
             dt = torch.where(real, dt, 0.0)
             u = torch.where(real, u, 0.0)
         n = u.shape[0]
-        decay, h = buffers[0][:n], buffers[1][:n]
+        decay, h = buffers[0].whole[:n], buffers[1].whole[:n]
         torch.mul(dt[..., None], A_EN.to(plan.dtype), out=decay).exp_()
         if drop_BL is not None:
             decay.masked_fill_(drop_BL[:, span].t()[..., None, None], 0.0)
         torch.mul((dt * u)[..., None], _time_major(B_BLN, span, plan.dtype)[:, :, None], out=h)
-        return cls(u, raw, dt, decay, h, real)
+        return cls(u, raw, dt, decay, h, buffers[0].rows[:n], buffers[1].rows[:n], real)
 
     def run(self, plan: _Plan, state_BEN: Tensor) -> Tensor:
         """Turn `h` into the states and return the last."""
-        decays, states = self.decay.unbind(0), self.h.unbind(0)
-        for i in plan.order(len(states)):
-            state_BEN = states[i].addcmul_(decays[i], state_BEN)
+        for i in plan.order(len(self.states)):
+            state_BEN = self.states[i].addcmul_(self.decays[i], state_BEN)
         return state_BEN
 
 
@@ -135,7 +144,7 @@ class _Scan(torch.autograd.Function):
         borders = plan.borders(length)
         keep = any(ctx.needs_input_grad)
         kept = state.new_empty(len(borders), *shape) if keep else None
-        buffers = [state.new_empty(min(plan.chunk, length), *shape) for _ in range(2)]
+        buffers = [_Buffer(state, min(plan.chunk, length)) for _ in range(2)]
         y_BLE = torch.empty(u_BLE.shape, dtype=u_BLE.dtype, device=u_BLE.device)
         for index, span in enumerate(borders):
             if kept is not None:
@@ -162,8 +171,7 @@ class _Scan(torch.autograd.Function):
         u_BLE, dt_BLE, A_EN, B_BLN, _, _, _, bias_E, _ = inputs
         dy_BLE, carry = grads[0], grads[1].to(plan.dtype, copy=True)
         made = [None if tensor is None else torch.zeros_like(tensor, dtype=plan.dtype) for tensor in inputs]
-        shape = carry.shape
-        buffers = [carry.new_empty(min(plan.chunk, u_BLE.shape[1]), *shape) for _ in range(3)]
+        buffers = [_Buffer(carry, min(plan.chunk, u_BLE.shape[1])) for _ in range(3)]
         borders = plan.borders(u_BLE.shape[1])
         for index in range(len(borders) - 1, -1, -1):
             span = borders[index]
@@ -188,7 +196,7 @@ def _chunk_gradients(
     span: slice,
     inputs: list[Any],
     made: list[Any],
-    buffer: Tensor,
+    buffer: _Buffer,
 ) -> Tensor:
     """Add a chunk's gradients to `made`; `carry` is that of the state after the chunk, the result of that before."""
     _, _, A_EN, B_BLN, C_BLN, D_E, z_BLE, bias_E, _ = inputs
@@ -203,9 +211,9 @@ def _chunk_gradients(
         made[6][:, span] = (dout * y * gate * (1 + z * (1 - gate))).transpose(0, 1)
         dout = dout * z * gate
     made[4][:, span] = (dout[..., None, :] @ steps.h).squeeze(-2).transpose(0, 1)
-    g = torch.mul(dout[..., None], C[:, :, None], out=buffer[:n])
+    g = torch.mul(dout[..., None], C[:, :, None], out=buffer.whole[:n])
     # g[t] becomes the gradient of state t: what its own output gives and what the next state hands back.
-    gradients, decays = g.unbind(0), steps.decay.unbind(0)
+    gradients, decays = buffer.rows, steps.decays
     order = plan.order(n)
     gradients[order[-1]].add_(carry)
     for i in range(n - 2, -1, -1):
