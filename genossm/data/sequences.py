@@ -76,6 +76,7 @@ class SequenceBatches(NumberedBatches):
         batch_size: rows of this process in a batch.
         seed: what order and strands are drawn from; None keeps rows in order of length, once, for evaluation.
         reverse_complement: draw each row's strand (training only).
+        mutate: share of the bases that another, drawn one takes the place of (training only).
         rank, world: this process among those that share each global batch.
     """
 
@@ -88,8 +89,9 @@ class SequenceBatches(NumberedBatches):
         reverse_complement: bool = False,
         rank: int = 0,
         world: int = 1,
+        mutate: float = 0.0,
     ):
-        self.rows, self.tokenizer, self.batch_size = rows, tokenizer, batch_size
+        self.rows, self.tokenizer, self.batch_size, self.mutate = rows, tokenizer, batch_size, mutate
         self.seed, self.reverse_complement, self.rank, self.world = seed, reverse_complement, rank, world
         self._pass: tuple[int, npt.NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
@@ -132,8 +134,11 @@ class SequenceBatches(NumberedBatches):
         if self.seed is not None and self.reverse_complement:
             flips = np.random.default_rng([self.seed, index, self.rank, 1]).random(len(numbers)) < 0.5
         ids: list[npt.NDArray[np.integer]] = []
+        mutations = np.random.default_rng([self.seed or 0, index, self.rank, 2])
         for number, flip in zip(numbers, flips, strict=True):
             codes = self.rows.row(int(number))
+            if self.seed is not None and self.mutate:
+                codes = mutated(codes, self.mutate, mutations)
             ids.append(self.tokenizer.from_codes(alphabet.reverse_complement(codes) if flip else codes))
         lengths = np.array([len(row) for row in ids])
         longest = int(lengths.max())
@@ -166,6 +171,13 @@ class SequenceBatches(NumberedBatches):
         return torch.from_numpy(padded)
 
 
+def mutated(codes: Bytes, share: float, rng: np.random.Generator) -> Bytes:
+    """Return stored bytes in which each base is, with the chance `share`, one that is drawn; N stays."""
+    drawn = rng.integers(alphabet.A, alphabet.T + 1, len(codes)).astype(np.uint8)
+    exchanged = (rng.random(len(codes)) < share) & ((codes & np.uint8(0x7F)) != alphabet.N)
+    return np.where(exchanged, drawn, codes)
+
+
 class Sequences(L.LightningDataModule):
     """A data module over labelled sequences.
 
@@ -178,6 +190,7 @@ class Sequences(L.LightningDataModule):
         longest: the model's context in bp; None where any length goes.
         crop: what happens to longer sequences: "error", or keep the "start" or "center".
         reverse_complement: draw each training row's strand.
+        mutate: share of the bases of each training row that a drawn one takes the place of.
         eval_batch_size: None is `batch_size`.
         num_workers: processes that prepare batches.
         seed: what orders and strands are drawn from.
@@ -197,6 +210,7 @@ class Sequences(L.LightningDataModule):
         longest: int | None = None,
         crop: str = "error",
         reverse_complement: bool = False,
+        mutate: float = 0.0,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -204,12 +218,14 @@ class Sequences(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        if not 0 <= mutate < 1:
+            raise ValueError(f"loader.mutate must be in [0, 1); got {mutate}.")
         self.tokenizer = tokenizer or CharTokenizer()
         if target.along and self.tokenizer.bases_per_token != 1:
             raise ValueError(f"A {target.kind} target needs one token a base; this model's tokenizer joins several.")
         self.batch_size, self.batches, self.seed = batch_size, batches, seed
         self.eval_batch_size, self.num_workers = eval_batch_size or batch_size, num_workers
-        self.reverse_complement = reverse_complement
+        self.reverse_complement, self.mutate = reverse_complement, mutate
         self.splits = {name: Encoded(rows, target, longest, crop) for name, rows in splits.items()}
 
     def of(self, split: str) -> SequenceBatches:
@@ -224,6 +240,7 @@ class Sequences(L.LightningDataModule):
             self.reverse_complement,
             rank,
             world,
+            self.mutate if train else 0.0,
         )
 
     def train_dataloader(self) -> RunLoader:

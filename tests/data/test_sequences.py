@@ -37,6 +37,22 @@ def test_each_pass_shows_every_row_once_and_numbers_repeat():
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_mutation_exchanges_a_share_of_the_training_bases_alone():
+    rows = [Example("A" * 400 + "N" * 40, i % 2) for i in range(32)]
+    splits = {"train": rows, "val": rows, "test": rows}
+    data = Sequences(splits, BINARY, batch_size=32, batches=2, mutate=0.2, seed=5)
+    plain = Encoded(rows, BINARY)
+    ids_BL = data.of("train")[0]["ids_BL"]
+    assert torch.equal(ids_BL, data.of("train")[0]["ids_BL"])
+    assert not torch.equal(ids_BL, data.of("train")[1]["ids_BL"])
+    # A quarter of those drawn are the base that stood there.
+    assert (ids_BL[:, :400] != alphabet.A).float().mean() == pytest.approx(0.15, abs=0.01)
+    assert (ids_BL[:, 400:] == alphabet.N).all()
+    assert (data.of("val")[0]["ids_BL"][0] == torch.from_numpy(plain.row(0).copy())).all()
+    with pytest.raises(ValueError, match=r"loader.mutate must be in \[0, 1\)"):
+        Sequences(splits, BINARY, mutate=1.0)
+
+
 def test_processes_share_a_global_batch():
     rows = Encoded(draw_rows(48), BINARY)
     whole = SequenceBatches(rows, CharTokenizer(), 8, seed=1)
