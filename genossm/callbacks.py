@@ -217,6 +217,79 @@ class StopAtNaN(Callback):
                 raise ValueError(f"The loss of batch {number} (counted from 0) is {value}. {_MEND_NAN}")
 
 
+class WeightAverage(Callback):
+    """Keeps an exponential moving average of the weights, with which the run is evaluated and ends.
+
+    The average follows each step: average += (1 - d) (weights - average), with d = min(decay, (1 + s) / (10 + s)) at
+    step s, so that the first weights are soon forgotten. Training goes on with the weights themselves; both are in
+    every checkpoint.
+
+    Args:
+        decay: d of later steps, in (0, 1); 0.999 averages over about a thousand steps.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        if not 0 < decay < 1:
+            raise ValueError(f"callbacks.ema.decay must lie in (0, 1); got {decay}.")
+        self.decay = decay
+        self.steps = 0
+        self.averages: list[torch.Tensor] = []
+        self.running = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse the runs whose weights are not this average's to choose."""
+        if any(isinstance(other, Checkpointing) and other.monitor is not None for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "callbacks=ema averages pretraining; fine-tuning keeps its best epoch. Drop one of the two."
+            )
+        if getattr(pl_module, "device_mesh", None) is not None:
+            raise ValueError("callbacks=ema needs whole weights in every process; take trainer=ddp instead of fsdp.")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        weights = [parameter.detach() for parameter in pl_module.parameters()]
+        if not self.averages:
+            self.averages = [weight.clone() for weight in weights]
+        self.averages = [a.to(weight.device) for a, weight in zip(self.averages, weights, strict=True)]
+        self.running, self.step = True, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        torch._foreach_lerp_(self.averages, [p.detach() for p in pl_module.parameters()], 1 - decay)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._exchange(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._exchange(pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._exchange(pl_module)
+        self.running = False
+
+    def _exchange(self, module: L.LightningModule) -> None:
+        if not self.running:
+            return
+        with torch.no_grad():
+            for average, parameter in zip(self.averages, module.parameters(), strict=True):
+                weight = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages and the number of steps in them."""
+        return {"steps": self.steps, "averages": self.averages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the averages of a checkpoint."""
+        self.steps, self.averages = state_dict["steps"], state_dict["averages"]
+
+
 class MetricsTable(Logger):
     """Writes metrics.csv, one row a logged step, whole lines only; a resumed run goes on in the same file.
 

@@ -72,9 +72,10 @@ def train(config: DictConfig) -> TrainResult:
         [table, *build_loggers(config, folder)],
         [
             callbacks.StopAtNaN(),
+            # Before the saver, whose checkpoints hold what they have come to.
+            *instantiate(list(config.callbacks.values()), _convert_="all"),
             saver,
             callbacks.Progress(steps),
-            *instantiate(list(config.callbacks.values()), _convert_="all"),
         ],
     )
     model.gradient_checkpointing = bool(config.gradient_checkpointing)

@@ -5,22 +5,25 @@ One process imports everything and forks for each run, so that a killed run cost
 stderr.txt there; `limit=N` lets no file grow beyond N bytes. Writes the exit status of each run.
 """
 
+import contextlib
+import io
 import json
 import os
 import resource
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 
 import lightning as L
-import numba  # noqa: F401
 import torch
 
 import genossm.callbacks
 import genossm.data.datamodule
 import genossm.train
 from genossm.cli import main
+from genossm.data.datamodule import bundled
 
 
 class KillAt(L.Callback):
@@ -103,6 +106,18 @@ def run(overrides: list[str]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ids]
 
 
+def warm_up() -> None:
+    """Train once, so that no fork has to import or load what a training takes."""
+    shape = ["model.d_model=16", "model.n_layer=1", "length=64", "batch_size=2", "data.eval_windows=2"]
+    genome = f"data.fasta={bundled('fa.gz').with_name('lambda_NC_001416.fa.gz')}"
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        given = [*shape, genome, f"output={folder}", "trainer.accelerator=cpu", "trainer.max_steps=1"]
+        genossm.train.train(genossm.train.compose(given))
+    # Forks are first processes of runs of their own.
+    os.environ.pop("GENOSSM_RUN_FOLDER")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    warm_up()
     sys.stdout.write(json.dumps([run(overrides) for overrides in json.loads(sys.argv[1])]) + "\n")

@@ -72,7 +72,7 @@ CASES = {
     "by SIGTERM": ([], [dies(3, signal.SIGTERM)]),
     "with a truncated checkpoint": ([], [dies(5, truncate=True)]),
     "masked, with accumulation": (["task=masked_lm", "trainer.accumulate_grad_batches=2"], [dies(7)]),
-    "in a warm-up stage, with 2 workers": ([*WARMUP, "data.num_workers=2"], [dies(3)]),
+    "in a warm-up stage, averaging, with 2 workers": ([*WARMUP, "callbacks=ema", "data.num_workers=2"], [dies(3)]),
     "under 2 processes": ([*DDP, "model.embed_dropout=0"], [dies(5)]),
 }
 SLOW_CASES = {
