@@ -34,3 +34,16 @@ def test_run_leaves_what_it_promises(result):
 
 def test_saved_model_opens(result):
     assert checkpoint.load(result.folder / "model").config == result.model.config
+
+
+def test_other_loggers_write_beside_the_table(tmp_path, monkeypatch):
+    for package in ("tensorboard", "wandb"):
+        pytest.importorskip(package)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    given = ["+logger.tensorboard.name=tb", "logger.wandb.offline=true"]
+    both = "logger=[tensorboard,wandb]"
+    config = compose([*TINY, "trainer.max_steps=1", f"output={tmp_path}", both, given[1], "logger.tensorboard.name=tb"])
+    folder = train(config).folder
+    assert list(folder.glob("tb/events.out.tfevents.*"))
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert (folder / "metrics.csv").exists()

@@ -17,7 +17,7 @@ from torch import Tensor
 from genossm.ops.backend import choose
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref, good_size, gpu_size
-from genossm.ops.kernels.threads_numba import array, run_shared, threads_for
+from genossm.ops.kernels.threads_numba import array, copied, run_shared, threads_for
 
 _GROUP = 1 << 18
 """FFT elements of a group: its buffers fit the caches of a core (measured: 2^17 to 2^19 are alike)."""
@@ -98,7 +98,7 @@ class _HyenaConv(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad)
         kept_BDL = torch.empty_like(y_BDL) if keeps else y_BDL
         padded_BGN = plan.padded(u_BCL)
-        skip, kept, y, gated = (array(t) for t in (skip_D, kept_BDL, y_BDL, padded_BGN))
+        skip, kept, y, gated = copied(skip_D), *(array(t) for t in (kept_BDL, y_BDL, padded_BGN))
         for rows in plan.groups():
             plan.run(rows, kernels.gate_in, *given, gated)
             spectrum_BGF = torch.fft.rfft(plan.part(padded_BGN, rows)).mul_(plan.spectrum(k_DL[rows]))
@@ -120,8 +120,9 @@ class _HyenaConv(torch.autograd.Function):
         dk_DL = torch.zeros_like(k_DL)
         gated_BGN, dconv_BGN = plan.padded(u_BCL), plan.padded(u_BCL)
         scratch_B2GL = u_BCL.new_empty(batch, 2, plan.rows, length)
-        kept, dy, skip, gated, dconv = (array(t) for t in (kept_BDL, grads[0], skip_D, gated_BGN, dconv_BGN))
+        kept, dy, gated, dconv = (array(t) for t in (kept_BDL, grads[0], gated_BGN, dconv_BGN))
         du, dw, dskip, scratch = (array(t) for t in (du_B3DL, dw_B3DX, dskip_BD, scratch_B2GL))
+        skip = copied(skip_D)
         for rows in plan.groups():
             plan.run(rows, kernels.backward_in, *given, kept, dy, gated, dconv, du, dw, scratch)
             dconv_BGF = torch.fft.rfft(plan.part(dconv_BGN, rows))
@@ -156,7 +157,7 @@ class _Plan:
     def split(self, u_BCL: Tensor, w_CW: Tensor, bias_C: Tensor) -> tuple[npt.NDArray[Any], ...]:
         """Return the projections and the short convolution by (x0, x1, v) and channel."""
         shape = (3, self.width)
-        return array(u_BCL.unflatten(1, shape)), array(w_CW.unflatten(0, shape)), array(bias_C.unflatten(0, shape))
+        return array(u_BCL.unflatten(1, shape)), copied(w_CW.unflatten(0, shape)), copied(bias_C.unflatten(0, shape))
 
     def padded(self, u_BCL: Tensor) -> Tensor:
         """Return a buffer of a group's transform inputs, whose end is and stays zero."""

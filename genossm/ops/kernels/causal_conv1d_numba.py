@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genossm.ops.kernels import bodies_numba, causal_conv1d_torch
-from genossm.ops.kernels.threads_numba import array, lengths_array, run_shared, threads_for
+from genossm.ops.kernels.threads_numba import array, copied, lengths_array, run_shared, threads_for
 from genossm.ops.rows import dropped_states
 
 
@@ -52,8 +52,8 @@ def _arguments(lengths_B: Tensor | None, seen_BL: Tensor | None, inputs: tuple[A
     batch, length, width = x_BLE.shape
     return (
         array(x_BLE),
-        array(w_EW.t()),
-        np.zeros(width, np.float32) if bias_E is None else array(bias_E),
+        copied(w_EW.t()),
+        np.zeros(width, np.float32) if bias_E is None else copied(bias_E),
         lengths_array(lengths_B, batch, length),
         np.zeros((1, 1), np.int64) if seen_BL is None else seen_BL.numpy(),
         np.zeros((batch, w_EW.shape[1] - 1, width), np.float32)

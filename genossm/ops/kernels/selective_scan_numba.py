@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genossm.ops.kernels import bodies_numba
-from genossm.ops.kernels.threads_numba import array, lengths_array, run_shared, threads_for
+from genossm.ops.kernels.threads_numba import array, copied, lengths_array, run_shared, threads_for
 from genossm.ops.rows import dropped_states
 
 
@@ -47,9 +47,9 @@ def _arguments(reverse: bool, lengths_B: Tensor | None, drop_BL: Tensor | None, 
         np.zeros((1, 1, 1), np.float32) if z_BLE is None else array(z_BLE),
         array(B_BLN),
         array(C_BLN),
-        array(A_EN.t()),
-        np.zeros(width, np.float32) if D_E is None else array(D_E),
-        np.zeros(width, np.float32) if bias_E is None else array(bias_E),
+        copied(A_EN.t()),
+        np.zeros(width, np.float32) if D_E is None else copied(D_E),
+        np.zeros(width, np.float32) if bias_E is None else copied(bias_E),
         lengths_array(lengths_B, batch, length),
         np.zeros((1, 1), np.bool_) if drop_BL is None else drop_BL.contiguous().numpy(),
         z_BLE is not None,

@@ -38,6 +38,11 @@ def array(tensor: Tensor) -> npt.NDArray[Any]:
     return tensor.detach().to(torch.float32).contiguous().numpy()
 
 
+def copied(tensor: Tensor) -> npt.NDArray[Any]:
+    """Return a float32 array of its own: for weights, whose memory sharding frees later, which an array forbids."""
+    return tensor.detach().to(torch.float32, copy=True).contiguous().numpy()
+
+
 def lengths_array(lengths_B: Tensor | None, batch: int, length: int) -> npt.NDArray[Any]:
     """Return every row's number of real positions."""
     lengths_B = torch.full((batch,), length) if lengths_B is None else lengths_B.to("cpu", torch.int64)
