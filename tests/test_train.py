@@ -1,8 +1,14 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from genossm import checkpoint
 from genossm.train import compose, train
 
+ROOT = Path(__file__).parent.parent
 TINY = [
     "experiment=hyenadna",
     "model.d_model=16",
@@ -40,10 +46,30 @@ def test_other_loggers_write_beside_the_table(tmp_path, monkeypatch):
     for package in ("tensorboard", "wandb"):
         pytest.importorskip(package)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    given = ["+logger.tensorboard.name=tb", "logger.wandb.offline=true"]
-    both = "logger=[tensorboard,wandb]"
-    config = compose([*TINY, "trainer.max_steps=1", f"output={tmp_path}", both, given[1], "logger.tensorboard.name=tb"])
-    folder = train(config).folder
+    loggers = ["logger=[tensorboard,wandb]", "logger.wandb.offline=true", "logger.tensorboard.name=tb"]
+    folder = train(compose([*TINY, *loggers, f"output={tmp_path}"])).folder
     assert list(folder.glob("tb/events.out.tfevents.*"))
     assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert (folder / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "trainer=ddp"],
+        pytest.param(["-m", "genossm.cli", "train", "trainer=ddp"], marks=pytest.mark.slow),
+        pytest.param(["train.py", "trainer=fsdp"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_two_processes_start_from_one_command(command, tmp_path):
+    command = [str(ROOT / word) if word == "train.py" else word for word in command]
+    given = [*TINY, "trainer.devices=2", f"output={tmp_path}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *command, *given], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    (folder,) = (tmp_path / "hyenadna").iterdir()
+    assert checkpoint.load(folder / "model").num_parameters() > 0
+    assert ran.stdout.count("bits per base on held-out intervals") == 1, "one process tells the result"
