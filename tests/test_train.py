@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,10 @@ def test_two_processes_start_from_one_command(command, tmp_path):
     (folder,) = (tmp_path / "hyenadna").iterdir()
     assert checkpoint.load(folder / "model").num_parameters() > 0
     assert ran.stdout.count("bits per base on held-out intervals") == 1, "one process tells the result"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_learns_the_same(tmp_path):
+    bits = [train(compose([*TINY, f"compile={c}", f"output={tmp_path}"])).metrics["val/bits"] for c in (False, True)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-4)
