@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,9 @@ def test_the_command_line_says_it_in_one_line(start, tmp_path):
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
 def test_the_examples_of_help_compose(verb):
     header = OmegaConf.load(ROOT / "conf" / f"{verb}.yaml").hydra.help.header
-    examples = [line.split("   ")[0].split() for line in header.splitlines() if line.startswith(f"  genossm {verb} ")]
+    examples = [
+        shlex.split(line.split("   ")[0]) for line in header.splitlines() if line.startswith(f"  genossm {verb} ")
+    ]
     assert len(examples) >= 4
     for example in examples:
         sweep = "-m" in example
