@@ -79,11 +79,12 @@ def bench(
     if topic == "scaling":
         for series, power in module.exponents(rows).items():
             console.print(f"{series}: time grows with length^{power:.2f}", highlight=False)
-        if out is not None:
-            from genossm.plot import plot_scaling
-
-            console.print(str(plot_scaling(rows, out.with_suffix(".png"))))
     if out is not None:
+        from genossm.plot import plot_generation, plot_scaling
+
+        draw = {"scaling": plot_scaling, "generation": plot_generation}.get(topic)
+        if draw is not None:
+            console.print(str(draw(rows, out.with_suffix(".png"))))
         report = json.dumps({"topic": topic, "machine": machine(chosen), "rows": rows}, indent=1) + "\n"
         write_atomically(out, lambda path: path.write_text(report))
     return rows
@@ -123,11 +124,11 @@ def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
     shown = Table(title=f"bench {topic} ({where})")
     for name in ("comparison", "variant"):
         shown.add_column(name)
-    for name in ("ms", "tokens/s", "speed", "peak MiB"):
+    for name in ("ms", "tokens/s", "speed", "peak MiB", "held MiB"):
         shown.add_column(name, justify="right")
     before = None
     for row in rows:
-        rate, peak = row["tokens_per_second"], row["peak_mib"]
+        rate, peak, held = row["tokens_per_second"], row["peak_mib"], row["held_mib"]
         shown.add_row(
             row["comparison"] if row["comparison"] != before else "",
             row["variant"],
@@ -135,6 +136,7 @@ def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
             "" if rate is None else f"{rate:,.0f}",
             f"{row['ratio']:.2f}x",
             "" if peak is None else f"{peak:,.0f}",
+            "" if held is None else f"{held:,.2f}",
         )
         before = row["comparison"]
     return shown

@@ -5,6 +5,7 @@ is whole; the manifest beside the parts says which job they belong to. The same 
 parts that are missing, and what it writes in the end is the same file, byte by byte.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -161,16 +162,40 @@ class Job:
                 return True
             logger.info("%d of %d parts of %s are still missing: other shards make them", missing, self.parts, self.out)
             return False
-        # Made inside the folder of the parts, so that a kill leaves nothing behind that the next start doesn't clear.
-        temporary = self.folder / f"merged.{os.getpid()}{self.out.suffix}"
-        merge([self.path_of(part) for part in range(self.parts)], temporary)
-        if self.out.is_dir():
-            shutil.rmtree(self.out)
-        temporary.replace(self.out)
-        values = {"job": self.digest, "identity": self.identity}
-        write_atomically(self.manifest, lambda path: path.write_text(json.dumps(values, indent=1) + "\n"))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with self._joining():
+            # Another rank may have found all parts there at the same moment, and joined them first.
+            if not (self.folder / "manifest.json").exists():
+                return True
+            # Made inside the folder of the parts, so that a kill leaves nothing that the next start does not clear.
+            temporary = self.folder / f"merged.{os.getpid()}{self.out.suffix}"
+            merge([self.path_of(part) for part in range(self.parts)], temporary)
+            if self.out.is_dir():
+                shutil.rmtree(self.out)
+            temporary.replace(self.out)
+            values = {"job": self.digest, "identity": self.identity}
+            write_atomically(self.manifest, lambda path: path.write_text(json.dumps(values, indent=1) + "\n"))
+            shutil.rmtree(self.folder, ignore_errors=True)
         return True
+
+    @contextlib.contextmanager
+    def _joining(self) -> Iterator[None]:
+        """Keep other processes from joining; the system frees the lock of one that is killed."""
+        if sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        # A folder can be locked as a file can, and leaves nothing behind.
+        try:
+            handle = os.open(self.folder, os.O_RDONLY)
+        except FileNotFoundError:
+            yield
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -197,3 +197,41 @@ def plot_scaling(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
     return Path(path)
+
+
+def plot_generation(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Draw the time of one more base, and the memory of the state, over the context, one line a backbone.
+
+    Args:
+        rows: those of `genossm bench generation`.
+        path: a .png, .svg or .pdf file.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for row in rows:
+        name, _, context = row["comparison"].rpartition(" ")
+        label = name if row["variant"] == "step by step" else f"{name}, {row['variant']}"
+        lines.setdefault(label, []).append((int(context), 1e3 / row["tokens_per_second"], row["held_mib"]))
+    for label, points in lines.items():
+        context, milliseconds, held = zip(*points, strict=True)
+        again = "again" in label
+        style = {"marker": "o", "ms": 4, "ls": ":" if again else "-"}
+        (line,) = panels[0].loglog(context, milliseconds, label=label, **style)
+        if not again:
+            panels[1].loglog(context, held, color=line.get_color(), **style)
+    panels[0].set(xlabel="bases before", ylabel="ms a base")
+    panels[1].set(xlabel="bases before", ylabel="MiB of state")
+    # Above the curves, where none of them runs.
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    return Path(path)

@@ -1,9 +1,4 @@
-import importlib
 import json
-import multiprocessing
-import os
-import signal
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -220,35 +215,6 @@ def test_a_growing_cache_is_not_carried(texts):
     model = TransformerConfig(d_model=16, n_layer=1, n_head=2).build().eval()
     got = embed(model, texts[1:2], context=32, overlap=8)
     np.testing.assert_allclose(got.array().shape, (1, 16))
-
-
-def _embed_into(model, fasta, out):
-    # Set here, too: a fresh process knows nothing of a patch in this one.
-    importlib.import_module("genossm.embed")._PART_BASES = 2048
-    embed(model, fasta=fasta, out=out, window=8, batch_size=2)
-
-
-def test_killed_three_times_gives_the_same_bytes(hyena, chr20, tmp_path, monkeypatch):
-    monkeypatch.setattr("genossm.embed._PART_BASES", 2048)
-    fasta = tmp_path / "in.fa"
-    fasta.write_text(">c\n" + alphabet.to_text(chr20.codes(next(iter(chr20.contigs)))[:24576]) + "\n")
-    model, out = tmp_path / "model", tmp_path / "killed.parquet"
-    checkpoint.save(hyena, model)
-    _embed_into(model, fasta, tmp_path / "whole.parquet")
-    # A fresh process: a fork of one that has run kernels on threads can hang.
-    fresh = multiprocessing.get_context("spawn")
-    for already in (1, 3, 6):
-        process = fresh.Process(target=_embed_into, args=(model, fasta, out))
-        process.start()
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(list((tmp_path / "killed.parquet.parts").glob("part-*"))) <= already:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert not out.exists()
-    _embed_into(model, fasta, out)
-    assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    assert pq.read_metadata(out).num_rows == 24576 // 8
 
 
 def test_command_line(hyena, fasta, tmp_path, monkeypatch, capsys):

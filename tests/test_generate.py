@@ -53,7 +53,7 @@ def build(kind):
     return model_types()[kind](d_model=16, n_layer=2, **shape).build().eval()
 
 
-@pytest.mark.parametrize("kind", ["hyenadna", "transformer", "mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["hyenadna", "transformer", "mamba", "mamba2", "striped_hyena"])
 def test_greedy_is_the_likeliest_base_after_the_whole_prefix(kind):
     model = build(kind)
     prompts = ["ACGTTGCA", "GGA", "T", "CCTAAGTC"]

@@ -2,11 +2,18 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
+from genossm import checkpoint
+from genossm.dna import alphabet
 from genossm.jobs import Job, Progress, Shard
+from genossm.models.hyenadna import HyenaDNAConfig
 
 
 def run(out, parts=4, shard=None, overwrite=False, identity=None, made=None):
@@ -123,6 +130,24 @@ def test_killed_three_times_gives_the_same_file(tmp_path):
     assert out.read_text() == "".join(f"{part}\n" for part in range(12))
     assert len(log.read_text().split()) <= 12 + 3
     assert {p.name for p in tmp_path.iterdir()} == {"out.txt", "out.txt.manifest.json", "log"}
+
+
+def test_verbs_killed_three_times_or_run_by_two_ranks_give_the_same_bytes(chr20, tmp_path):
+    """embed, score and ism through the whole of what they do; see killed.py."""
+    torch.manual_seed(3)
+    checkpoint.save(HyenaDNAConfig(d_model=16, n_layer=2, max_length=64).build(), tmp_path / "model")
+    text = alphabet.to_text(chr20.codes(next(iter(chr20.contigs)))[5000:11000]).upper()
+    (tmp_path / "g.fa").write_text(f">c\n{text}\n")
+    snvs = [f"c\t{at + 1}\t.\t{text[at]}\t{'CGTA'['ACGT'.index(text[at])]}\n" for at in range(100, 5900, 97)]
+    (tmp_path / "v.vcf").write_text("#CHROM\tPOS\tID\tREF\tALT\n" + "".join(snvs))
+    (tmp_path / "r.bed").write_text("c\t3000\t3060\nc\t1000\t1050\tx\t0\t-\n")
+    script = Path(__file__).with_name("killed.py")
+    ran = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for name in ("embed-{}.parquet", "score-{}.vcf.gz", "ism-{}.bedgraph"):
+        whole, killed, ranks = ((tmp_path / name.format(kind)).read_bytes() for kind in ("whole", "killed", "ranks"))
+        assert whole == killed == ranks
+    assert not list(tmp_path.glob("*.parts"))
 
 
 def test_progress_shows_itself_after_two_seconds_with_the_time_left(monkeypatch, capsys):

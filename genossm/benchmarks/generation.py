@@ -11,7 +11,7 @@ from genossm.inference import extend, state_bytes
 from genossm.models.base import config_from_dict
 
 CONTEXTS = (1 << 10, 1 << 12, 1 << 14, 1 << 16)
-STEPS = 256
+STEPS = 128
 AGAIN, STEP = "whole prefix again", "step by step"
 SHAPES: dict[str, dict[str, Any]] = {
     "Mamba": {"model_type": "mamba", "d_model": 128, "n_layer": 4},
@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def comparisons(device: torch.device) -> list[Comparison]:
-    """Return one comparison a backbone and context; a run is 256 steps."""
+    """Return one comparison a backbone and context; a run is 128 steps."""
     made: list[Comparison] = []
     for name in SHAPES:
         for context in CONTEXTS:
