@@ -135,7 +135,7 @@ def _projected(values_ND: Any, method: str) -> tuple[Any, tuple[str, str]]:
     from genossm.ops.backend import installed
 
     if not installed("umap"):
-        raise ValueError("method=umap needs the package umap-learn: pip install umap-learn; or use pca.")
+        raise ValueError("method=umap needs the package umap-learn: pip install 'genossm[umap]'; or use pca.")
     import importlib
 
     umap = importlib.import_module("umap")

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from genossm.cli import FLAG_VERBS, HYDRA_VERBS
 
@@ -20,6 +22,7 @@ FILE_BLOCK = re.compile(
     r"^`((?:genossm|conf|tests)/[\w/]+\.(?:py|yaml))`.*?\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL
 )
 LINE_BLOCK = re.compile(r"`(\w+)` in `([\w/]+\.py)`:\n\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ADDED = "gru or LabelledFasta or SmoothLM or smooth"
 
 
@@ -112,3 +115,15 @@ def test_readme_maps_every_file():
     readme = (ROOT / "README.md").read_text()
     scripts = runpy.run_path(str(ROOT / "scripts" / "map.py"))
     assert scripts["redrawn"](readme) == readme, "run python scripts/map.py"
+
+
+# The loop that runs a notebook asks for what Python deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_from_its_first_cell_to_its_last(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

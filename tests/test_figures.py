@@ -71,3 +71,20 @@ def test_bad_input(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="fit no figure"):
         plot(tmp_path / "x.csv", out=tmp_path / "g.png")
+
+
+def test_umap_keeps_what_is_far_apart_apart():
+    pytest.importorskip("umap", exc_type=ImportError)
+    from genossm import figures
+
+    values = RNG.normal(size=(60, 8))
+    values[30:] += 9
+    points, labels = figures._projected(values, "umap")
+    assert labels == ("UMAP 1", "UMAP 2")
+    assert np.linalg.norm(points[:30].mean(0) - points[30:].mean(0)) > 4 * points[:30].std()
+
+
+def test_umap_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("genossm.ops.backend.installed", lambda name: name != "umap")
+    with pytest.raises(ValueError, match=r"genossm\[umap\]"):
+        plot(table_of("embedding", tmp_path), out=tmp_path / "g.png", method="umap")

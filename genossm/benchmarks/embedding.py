@@ -19,7 +19,10 @@ COUNT, LENGTH = 1000, 1000
 
 def comparisons(device: torch.device) -> list[Comparison]:
     """Return one comparison a backbone."""
-    return [compare("HyenaDNA", HyenaDNAConfig(max_length=1026), device), compare("Mamba", MambaConfig(), device)]
+    return [
+        compare("HyenaDNA", HyenaDNAConfig(d_model=64, max_length=1026), device),
+        compare("Mamba", MambaConfig(d_model=64, n_layer=2), device),
+    ]
 
 
 def compare(name: str, config: BackboneConfig, device: torch.device) -> Comparison:

@@ -14,17 +14,20 @@ from genossm.models.base import BackboneConfig
 from genossm.models.cnn import CNNConfig
 from genossm.models.hyenadna import HyenaDNAConfig
 
-LENGTH, POSITIONS = 10_000, 256
+LENGTH, POSITIONS = 10_000, 64
 
 
 def comparisons(device: torch.device) -> list[Comparison]:
     """Return one comparison of a model that costs next to nothing, and one of a real one."""
     tiny = CNNConfig(d_model=4, n_layer=1, causal=True)
-    return [compare("CNN", tiny, device), compare("HyenaDNA", HyenaDNAConfig(max_length=LENGTH + 2), device)]
+    return [
+        compare("CNN", tiny, device),
+        compare("HyenaDNA", HyenaDNAConfig(d_model=64, max_length=LENGTH + 2), device),
+    ]
 
 
 def compare(name: str, config: BackboneConfig, device: torch.device) -> Comparison:
-    """Compare the 768 substitutions at 256 positions of 10 kb with 768 forward passes and log-likelihoods."""
+    """Compare the 192 substitutions at 64 positions of 10 kb with 192 forward passes and log-likelihoods."""
 
     def build() -> Mapping[str, Run]:
         torch.manual_seed(0)

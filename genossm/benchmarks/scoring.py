@@ -28,7 +28,7 @@ def compare(alleles: int, device: torch.device) -> Comparison:
 
     def build() -> Mapping[str, Run]:
         torch.manual_seed(0)
-        model = MambaConfig(d_model=32, n_layer=2).build().to(device).eval()
+        model = MambaConfig(d_model=16, n_layer=1).build().to(device).eval()
         genome = Genome(bundled("fa.gz"))
         contig = next(iter(genome.contigs))
         codes = genome.codes(contig) & np.uint8(0x7F)
@@ -64,5 +64,5 @@ def compare(alleles: int, device: torch.device) -> Comparison:
             ),
         }
 
-    title = f"Mamba d32 x 2, {COUNT:,} SNVs in windows of 8 kb, {alleles} a position"
+    title = f"Mamba d16 x 1, {COUNT:,} SNVs in windows of 8 kb, {alleles} a position"
     return Comparison(name=title, build=build, memory=False)
