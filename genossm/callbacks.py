@@ -24,6 +24,8 @@ from genossm.files import write_atomically
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_WRITES = 5.0
+_WIDE = 120
+"""Columns of a terminal from which the progress bar has room for everything."""
 
 
 class Checkpointing(Callback):
@@ -383,12 +385,13 @@ class Progress(Callback):
         from rich.progress import Progress as Bar
 
         self.console = Console()
+        # At 80 columns all that is asked for has its place; a wider terminal shows more.
+        self.wide = self.console.width >= _WIDE
         self.bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(40 if self.wide else 8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if self.wide else []),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
@@ -419,7 +422,8 @@ class Progress(Callback):
 
     def _text(self) -> str:
         rate = self.tokens / max(1e-9, time.monotonic() - self.began)
-        held = "" if math.isnan(self.val) else f"  val {self.val:.3f}"
+        narrow = self.console.is_terminal and not self.wide
+        held = "" if math.isnan(self.val) or narrow else f"  val {self.val:.3f}"
         return f"loss {self.bits * math.log(2):.3f}  bits/base {self.bits:.3f}{held}  {rate:,.0f} tokens/s"
 
     @rank_zero_only

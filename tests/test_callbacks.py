@@ -1,3 +1,5 @@
+import re
+
 import lightning as L
 import pytest
 import torch
@@ -35,3 +37,24 @@ def test_averages_follow_the_definition_and_are_what_the_run_ends_with(tmp_path)
 def test_a_decay_that_averages_nothing_is_refused(decay):
     with pytest.raises(ValueError, match="must lie in"):
         WeightAverage(decay)
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_a_terminal_shows_a_bar_with_everything_in_one_line(tmp_path, monkeypatch, capsys, columns):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run(tmp_path)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    bars = [line for line in re.split(r"[\r\n]+", shown) if "tokens/s" in line]
+    assert all(len(line) <= columns for line in bars)
+    assert re.search(
+        r"3/3 +loss \d\.\d{3}  bits/base \d\.\d{3} .*[\d,]+ tokens/s .*left +[\d-]:[\d-]{2}:[\d-]{2}", bars[-1]
+    )
+
+
+def test_without_a_terminal_each_report_is_one_line(tmp_path, capsys):
+    run(tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    form = r"step \d/3  loss \d\.\d{3}  bits/base \d\.\d{3}(  val \d\.\d{3})?  [\d,]+ tokens/s  \d+ s left"
+    assert len(lines) == 3
+    assert all(re.fullmatch(form, line) for line in lines)

@@ -140,3 +140,10 @@ def test_threads_read_the_right_dna(chr20):
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[number], alone[number]) for number in range(40))
+
+
+def test_a_stage_of_a_warm_up_is_plain_values_and_names_what_is_missing():
+    (stage,) = GenomeWindows(warmup=[{"batches": 4, "length": 32, "batch_size": 2}]).warmup
+    assert (stage.batches, stage.length, stage.batch_size) == (4, 32, 2)
+    with pytest.raises(ValueError, match=r"A stage of data.warmup is .*; got \{'batches': 4\}"):
+        GenomeWindows(warmup=[{"batches": 4}])
