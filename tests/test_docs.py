@@ -100,9 +100,10 @@ def test_commands_of_the_documents_name_what_there_is(words):
     assert set(flags) <= set(known)
 
 
-def test_examples_of_the_readme_run(tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    script = tmp_path / "readme.py"
+@pytest.mark.parametrize("name", ["README.md", "docs/using.md"])
+def test_examples_run(name, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+    script = tmp_path / "examples.py"
     script.write_text("\n".join(blocks))
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(

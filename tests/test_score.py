@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -286,6 +287,14 @@ def test_bad_input_ends_with_exit_code_2(contig, genome, vcf, tmp_path, monkeypa
         path.write_text(text)
         return path
 
+    from genossm.models.classifier import Classifier
+    from genossm.nn.head import HeadConfig
+
+    tuned = tmp_path / "tuned"
+    checkpoint.save(Classifier(build("hyena"), HeadConfig(n_outputs=2)), tuned)
+    (tmp_path / "foreign.vcf").write_text("precious")
+    protein = tmp_path / "protein.fa"
+    protein.write_text(">chr20\nMKLVQQ\n")
     names = "#CHROM\tPOS\tID\tREF\tALT\n"
     model = ["--model", tmp_path / "model"]
     inputs = ["--genome", genome, "--out", tmp_path / "o.vcf"]
@@ -299,9 +308,22 @@ def test_bad_input_ends_with_exit_code_2(contig, genome, vcf, tmp_path, monkeypa
         (vcf, ["--window", "999"], "window must be in"),
         (vcf, ["--strand", "up"], "both, forward"),
         (tmp_path / "none.vcf", [], "There is no file"),
+        (vcf, ["--model", tuned, "--methods", "llr"], "language-model head"),
+        (vcf, ["--out", tmp_path / "foreign.vcf"], "replace it with --overwrite"),
+        (vcf, ["--out", tmp_path / "foreign.vcf" / "o.vcf"], "can't be written"),
+        (vcf, ["--out", tmp_path / "o.bcf"], "must end in one of .vcf.gz"),
+        (vcf, ["--genome", protein], "no nucleotide"),
+        (vcf, ["--shard", "3/2"], "1 <= i <= n"),
+        (written(names + f"20\t5\t.\t{'A' if contig[4] != 'A' else 'C'}\tG\n"), [], "Is it the right assembly?"),
     ):
         code, said = run(*model, "--vcf", vcf_path, *inputs, *more)
         assert (code, message in said.err) == (2, True), said.err
     beyond = written(names + f"20\t401\t.\tA\tC\n20\t2\t.\t{contig[1]}\t{contig[1]}A\n")
     code, said = run(*model, "--vcf", beyond, *inputs, "--json")
     assert (code, json.loads(said.out)["alleles"]) == (0, {"beyond_contig": 1, "scored": 1})
+    # Sites alone, no contig lines, gzip that is no BGZF: all of it is read.
+    plain_gzip = tmp_path / "plain.vcf.gz"
+    plain_gzip.write_bytes(gzip.compress(beyond.read_bytes()))
+    code, said = run(*model, "--vcf", plain_gzip, "--genome", genome, "--out", tmp_path / "o.vcf.gz", "--json")
+    assert (code, json.loads(said.out)["alleles"]) == (0, {"beyond_contig": 1, "scored": 1})
+    assert [r.columns[7].partition("=")[0] for r in Vcf(tmp_path / "o.vcf.gz")] == ["GENOSSM_LLR", "GENOSSM_LLR"]

@@ -15,7 +15,7 @@ from genossm.inference import TOKENS
 from genossm.models.mamba import MambaConfig
 from genossm.score import score
 
-COUNT, WINDOW = 1000, 8192
+COUNT, WINDOW = 120, 8192
 
 
 def comparisons(device: torch.device) -> list[Comparison]:
@@ -24,7 +24,7 @@ def comparisons(device: torch.device) -> list[Comparison]:
 
 
 def compare(alleles: int, device: torch.device) -> Comparison:
-    """Compare the log-likelihood ratios of 1,000 SNVs, `alleles` of them at each position, on the forward strand."""
+    """Compare the log-likelihood ratios of 120 SNVs, `alleles` of them at each position, on the forward strand."""
 
     def build() -> Mapping[str, Run]:
         torch.manual_seed(0)
