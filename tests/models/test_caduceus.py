@@ -97,3 +97,43 @@ def test_a_mask_with_a_hole_is_refused_with_the_reason():
 def test_ids_out_of_range_are_refused(ids):
     with pytest.raises(ValueError, match=r"Ids must be in 0\.\.15"):
         CaduceusConfig(d_model=8, n_layer=1, rcps=True).build()(ids)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4), torch.ones(2, 3, 1), torch.zeros(1, 3)], ids=["1-d", "3-d", "empty"])
+def test_a_mask_of_another_shape_or_an_empty_row_is_refused(mask):
+    with pytest.raises(ValueError, match=r"must be \(batch, length\)|no hole and no empty row"):
+        lengths_of(mask)
+
+
+@pytest.mark.parametrize("lengths", [[4], [0, 4], [4, 5]])
+def test_impossible_lengths_are_refused(lengths):
+    with pytest.raises(ValueError, match=r"lengths must be \(batch,\) = \(2,\)|Each length must be in 1\.\.4"):
+        CaduceusConfig(d_model=8, n_layer=1).build().check(torch.full((2, 4), 7), torch.tensor(lengths))
+
+
+def test_both_strands_go_through_each_layer_at_once(monkeypatch):
+    model = CaduceusConfig(d_model=8, n_layer=3, rcps=True).build()
+    batches, mix = [], mamba.BiMamba.forward
+    monkeypatch.setattr(
+        mamba.BiMamba, "forward", lambda self, x, *a, **k: batches.append(len(x)) or mix(self, x, *a, **k)
+    )
+    model(torch.randint(7, 11, (2, 9)))
+    assert batches == [4, 4, 4]
+
+
+def test_a_layer_turns_no_sequence_in_memory(monkeypatch):
+    model = CaduceusConfig(d_model=8, n_layer=1).build()
+    ids, turned, flip = torch.randint(7, 11, (2, 9)), [], torch.Tensor.flip
+    monkeypatch.setattr(torch.Tensor, "flip", lambda x, *dims: turned.append(x.shape) or flip(x, *dims))
+    for lengths in (None, torch.tensor([9, 4])):
+        model(ids, lengths)
+    assert not turned
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_too_long_for_half_precision_forget_all_and_stay_finite(dtype):
+    model = CaduceusConfig(d_model=8, n_layer=1, rcps=True).build().eval().to(dtype)
+    for parameter in (model.layers[0].mixer.mamba_fwd.dt_proj.bias, model.layers[0].mixer.mamba_rev.dt_proj.bias):
+        torch.nn.init.constant_(parameter, 60_000 if dtype == torch.float16 else 1e30)
+    with torch.no_grad():
+        assert model(torch.randint(7, 11, (2, 9))).isfinite().all()

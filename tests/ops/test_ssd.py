@@ -56,6 +56,18 @@ def test_numba_takes_half_precision(dtype):
     assert_close(y, ssd_ref(**draw_inputs(1, 20, 2, 3, 1, 2, dtype=dtype, bare=True)))
 
 
+@pytest.mark.parametrize("name", ["numba", "torch"])
+def test_steps_that_overflow_half_precision_decay_to_zero(name):
+    inputs = draw_inputs(1, 5, 2, 3, 1, 2, dtype=torch.float16, bare=True)
+    inputs["dt_BLH"][:, 2] = 60_000
+    inputs["x_BLHP"][:, 2] = 0
+    with use_backend(name):
+        y = ssd(**inputs)
+        after = ssd(**{key: tensor[:, 3:] if "L" in key else tensor for key, tensor in inputs.items()})
+    assert y.isfinite().all()
+    assert_close(y[:, 3:], after)
+
+
 def test_documents_are_apart_bit_by_bit():
     inputs = draw_inputs(1, 40, 2, 3, 1, 4, dtype=torch.float32, bare=True)
     resets = torch.zeros(1, 40, dtype=torch.bool)
