@@ -69,6 +69,8 @@ def doctor(
 ) -> Report:
     """Check a checkpoint of any family and print a table of passes and failures; without one, describe the install.
 
+    Ends with exit code 1 where a check failed, 2 where there was no model to check, else 0.
+
     Args:
         model: a folder, a file or a hub id; nothing describes the install.
         length: tokens of the random sequences that the checks run on, cut to the model's context.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genossm import checkpoint
+from genossm.cli import run
 from genossm.doctor import causality, doctor
 from genossm.models.hyenadna import HyenaDNAConfig
 
@@ -46,3 +47,10 @@ def test_a_short_length_is_refused(tmp_path):
     checkpoint.save(HyenaDNAConfig(d_model=16, n_layer=1, max_length=64).build(), tmp_path / "m")
     with pytest.raises(ValueError, match="at least 8"):
         doctor(str(tmp_path / "m"), length=4)
+
+
+def test_a_failed_check_ends_with_exit_code_1(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("doctor", [str(PARITY / "nt-v1-tiny"), "--length", "16"])
+    assert ended.value.code == 1
+    assert "tokenizer fits: FAIL 4107 ids 64 rows" in capsys.readouterr().out

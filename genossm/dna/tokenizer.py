@@ -275,6 +275,37 @@ class KmerTokenizerV2(KmerTokenizer):
     extra = ("<eos>", "<bos>")
 
 
+class ProteinTokenizer(KmerTokenizer):
+    """That of ESM-2: one token an amino acid, `<cls>` before a text and `<eos>` after it.
+
+    A run of anything else, lower-case letters among them, is one `<unk>`; white space is dropped.
+    """
+
+    name = "esm2"
+    vocabulary = (
+        *("<cls>", "<pad>", "<eos>", "<unk>"),
+        *"LAGVSERTIDPKQNFYMHWCXBUZO.-",
+        *("<null_1>", "<mask>"),
+    )
+    bases_per_token = 1
+    cls_id, pad_id, eos_id, unknown_id, mask_id = 0, 1, 2, 3, 32
+    before, after = (cls_id,), (eos_id,)
+
+    def __init__(self) -> None:
+        self.strict = False
+        self._ids = {token: index for index, token in enumerate(self.vocabulary)}
+        self._specials = frozenset(self.vocabulary) - {"<null_1>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-"}
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, self.vocabulary))})")
+
+    def from_codes(self, codes: Bytes) -> npt.NDArray[np.integer]:
+        """Refuse stored bases.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("This model reads proteins (tokenizer esm2); it can't run over a genome. Give it amino acids.")
+
+
 class ByteTokenizer(Tokenizer):
     """One token a byte of text (UTF-8), as Evo reads it; id 0 ends and starts texts, id 1 pads."""
 

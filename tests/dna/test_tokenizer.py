@@ -90,3 +90,18 @@ def test_stored_bases_have_the_ids_of_their_upper_case_letters(build):
     ours, text = build(), "ACGTNNACGTACGTTTN"
     codes = np.frombuffer(text.encode().translate(ENCODE), dtype=np.uint8)
     assert ours.from_codes(codes).tolist() == ours.encode(text).tolist()
+
+
+def test_proteins_are_read_as_the_tokenizer_of_esm_reads_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = shelf.tokenizer_named("esm2")
+    (tmp_path / "vocab.txt").write_text("\n".join(ours.vocabulary))
+    theirs = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
+    assert len(ours.vocabulary) == 33
+    for text in ("MKTAYIAK", "acgtMK", "MK<mask>A", "M K\tL", "", "X.-*BZ", "<null_1>A", "MKJJJ1A", "<pad>M<cls>"):
+        ids = ours.encode(text, special=True).tolist()
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert ours.encode_pair("MK", "AL").tolist() == theirs("MK", "AL")["input_ids"]
+    with pytest.raises(ValueError, match="reads proteins"):
+        ours.from_codes(np.array([7, 8], dtype=np.uint8))
