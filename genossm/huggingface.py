@@ -1,15 +1,11 @@
 """A folder that transformers opens with torch alone: config, weights, tokenizer, card, and one file of model code.
 
-The code is our own: the modules that the model is built from, written into a single file that unpacks them under a
-private name, and thin classes around them in the manner of transformers 5.
+The code is our own: the modules that the model is built from, merged into a single plain file (see `merged`), and thin
+classes around them in the manner of transformers 5.
 """
 
-import ast
-import inspect
 import json
-import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,6 @@ from torch import Tensor, nn
 import genossm
 from genossm.models.base import Backbone
 from genossm.models.classifier import Classifier
-
-_PRIVATE = "_genossm_exported"
-_KERNELS = "_torch"
-"""Kernels that go along: those that need torch alone."""
 
 
 def write_folder(model: Backbone | Classifier, folder: Path, notes: dict[str, Any]) -> int:
@@ -97,66 +89,13 @@ def _config(backbone: Backbone, classifier: Classifier | None) -> dict[str, Any]
     }
 
 
-def _modules(names: list[str]) -> dict[str, str]:
-    """Return the sources of modules of this package and of all that they import, what is needed first."""
-    found: dict[str, str] = {}
-
-    def visit(name: str) -> None:
-        module = sys.modules.get(name) or __import__(name, fromlist=["_"])
-        if name in found or not getattr(module, "__file__", None):
-            return
-        source = inspect.getsource(module)
-        found[name] = ""
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genossm"):
-                for alias in node.names:
-                    inner = f"{node.module}.{alias.name}"
-                    is_module = _is_module(inner)
-                    wanted = inner if is_module else str(node.module)
-                    if _travels(wanted):
-                        visit(wanted)
-        for wanted in re.findall(rf"genossm\.ops\.kernels\.\w+{_KERNELS}\b", source):
-            # Kernels are imported by name, when they are chosen.
-            visit(wanted)
-        del found[name]
-        found[name] = source
-
-    for name in names:
-        visit(name)
-    return found
-
-
-def _is_module(name: str) -> bool:
-    from importlib.util import find_spec
-
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def _travels(name: str) -> bool:
-    return name != "genossm" and (".kernels." not in name or name.endswith(_KERNELS))
-
-
-def _sources(backbone: Backbone) -> dict[str, list[str]]:
-    """Return the lines of every module that a backbone and its head need, under the private name."""
-    given = _modules([type(backbone).__module__, "genossm.models.classifier"])
-    return {
-        name.replace("genossm", _PRIVATE, 1): source.replace("genossm.", f"{_PRIVATE}.")
-        .replace("from genossm import", f"from {_PRIVATE} import")
-        .replace("from jaxtyping import", f"from {_PRIVATE}.shapes import")
-        .splitlines()
-        for name, source in given.items()
-    }
-
-
 def _modeling(backbone: Backbone) -> str:
+    from genossm.merged import merge
+
     config = type(backbone.config)
-    where = config.__module__.replace("genossm", _PRIVATE, 1)
-    return _MODELING.replace("PRIVATE", _PRIVATE).replace("CONFIG_MODULE", where).replace(
-        "CONFIG_CLASS", config.__name__
-    ) + json.dumps(_sources(backbone), indent=1)
+    wanted = [(config.__module__, config.__name__), ("genossm.nn.head", "HeadConfig")]
+    wanted += [("genossm.nn.head", "SequenceHead"), ("genossm.models.classifier", "ends_before")]
+    return _MODELING.replace("CONFIG_CLASS", config.__name__).replace("# MODULES", merge(wanted).rstrip())
 
 
 _CONFIGURATION = '''"""The config of a genossm model."""
@@ -177,85 +116,22 @@ class GenossmConfig(PretrainedConfig):
         super().__init__(**options)
 '''
 
-_MODELING = '''"""A genossm model for transformers: thin classes over the modules at the end of this file."""
+_MODELING = '''"""A genossm model for transformers: its modules, as genossm has them, and thin classes around them."""
 
-import sys
-import types
+from __future__ import annotations
 
-import torch
-from torch import nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput, SequenceClassifierOutput
 
 from .configuration_genossm import GenossmConfig
 
-
-class _Absent(types.ModuleType):
-    """Stands for fast kernels, which were not exported and are never chosen."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
-class _Shape:
-    """Stands for annotations of shapes."""
-
-    def __class_getitem__(cls, item):
-        return torch.Tensor
-
-
-def _package(name):
-    """Return a module by its name, made if it is not there, and hang it on its parent."""
-    if name not in sys.modules:
-        module = sys.modules[name] = types.ModuleType(name)
-        module.__path__ = []
-        parent, _, leaf = name.rpartition(".")
-        if parent:
-            setattr(_package(parent), leaf, module)
-    return sys.modules[name]
-
-
-class _Kernels:
-    """Finds every fast kernel: none."""
-
-    def find_spec(self, name, path=None, target=None):
-        from importlib.machinery import ModuleSpec
-
-        return ModuleSpec(name, self) if name.startswith("PRIVATE.ops.kernels.") else None
-
-    def create_module(self, spec):
-        return _Absent(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
-def _unpack(sources):
-    """Make modules of the sources below, what is needed first."""
-    if "PRIVATE.models.base" in sys.modules:
-        known = sources.keys() <= sys.modules.keys()
-        if known:
-            return
-    sys.meta_path.append(_Kernels())
-    _package("PRIVATE.ops.kernels")
-    shapes = _package("PRIVATE.shapes")
-    for name in ("Bool", "Complex", "Float", "Int", "Integer", "Shaped", "UInt8"):
-        setattr(shapes, name, _Shape)
-    for name, lines in sources.items():
-        module = _package(name)
-        exec(compile("\\n".join(lines) + "\\n", f"<{name}>", "exec"), module.__dict__)
-        if name == "PRIVATE.ops.backend":
-            module.installed = lambda package: False
+# MODULES
 
 
 def _build(config):
     """Return the backbone of a config; every buffer is part of its state, so that none is left without values."""
-    _unpack(SOURCES)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.backbone.items()}
-    backbone = getattr(sys.modules["CONFIG_MODULE"], "CONFIG_CLASS").from_dict(values).build()
+    backbone = CONFIG_CLASS.from_dict(values).build()
     for module in backbone.modules():
         module._non_persistent_buffers_set.clear()
     return backbone
@@ -336,17 +212,15 @@ class GenossmForSequenceClassification(GenossmPreTrainedModel):
     """One answer a sequence."""
 
     def add_parts(self, config):
-        _unpack(SOURCES)
-        head = sys.modules["PRIVATE.nn.head"]
         fallback = {"n_outputs": config.num_labels, "strands": 2 if getattr(self.backbone, "equivariant", False) else 1}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.head or fallback).items()}
-        self.head = head.SequenceHead(self.backbone.d_output, head.HeadConfig(**values))
+        self.head = SequenceHead(self.backbone.d_output, HeadConfig(**values))
 
     def forward(self, input_ids, attention_mask=None, labels=None, return_dict=True, **unused):
         lengths = self.lengths(attention_mask)
         x = self.backbone(input_ids, lengths)
         if self.head.config.pad_id is not None:
-            lengths = sys.modules["PRIVATE.models.classifier"].ends_before(input_ids, self.head.config.pad_id)
+            lengths = ends_before(input_ids, self.head.config.pad_id)
         logits = self.head(x, lengths)
         loss = None
         if labels is not None and labels.is_floating_point():
@@ -357,9 +231,7 @@ class GenossmForSequenceClassification(GenossmPreTrainedModel):
             loss = F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-
-# The modules of genossm that this model is built from, line by line.
-SOURCES = '''
+'''
 
 
 def _tokenization() -> str:

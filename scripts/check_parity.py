@@ -161,7 +161,7 @@ def check_hidden_states(case: Case) -> None:
 
 
 def _listed(case: Case, index: int, stream: list[Tensor], final: Tensor) -> Tensor:
-    """Return what the official code lists as hidden state `index`; `stream` has each block's input, and the last sum."""
+    """Return what the official code lists as hidden state `index`; `stream` has each block's input and the last sum."""
     last = len(stream) - 1
     family = case.layout.name
     if family in ("mamba-hf", "mamba2-hf"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch
 
 from genossm import checkpoint, source
 from genossm.convert import convert
+from genossm.inference import tokenizer_of
+from genossm.models.cnn import CNNConfig
+from genossm.models.mamba import Mamba2Config
+from genossm.models.transformer import TransformerConfig
 
 PARITY = Path(__file__).parent / "data" / "parity"
 OUTSIDE = """
@@ -23,27 +28,45 @@ class Refuse:
             raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Refuse())
-import numpy, torch, transformers
-folder, kind, out = sys.argv[1:]
-kind = getattr(transformers, kind)
-model = kind.from_pretrained(folder, trust_remote_code=True).eval()
-base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-ids = torch.from_numpy(numpy.load(out)["input_ids"])
-with torch.no_grad():
-    logits, states = model(ids).logits, base(ids).last_hidden_state
-batch = tokenizer(["ACGTACGTAC", "ACG"], padding=True)
-numpy.savez(out, logits=logits, states=states, ids=batch["input_ids"], mask=batch["attention_mask"])
+import json, pathlib, numpy, torch, transformers
+for folder, kind in json.loads(sys.argv[1]):
+    def opened(kind, folder=folder):
+        return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=True)
+    model, base, tokenizer = opened(kind).eval(), opened("AutoModel").eval(), opened("AutoTokenizer")
+    io = numpy.load(folder + ".npz")
+    ids = torch.from_numpy(io["input_ids"])
+    out = {}
+    with torch.no_grad():
+        out["logits"], out["states"] = model(ids).logits, base(ids).last_hidden_state
+        model.save_pretrained(folder + "-again")
+        again = opened(kind, folder + "-again").eval()
+        out["again"] = again(ids).logits
+        if kind == "AutoModelForCausalLM":
+            out["generated"] = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False)
+        if kind != "AutoModelForSequenceClassification":
+            out["head"] = opened("AutoModelForSequenceClassification")(ids[:1]).logits
+    model.train()
+    labels = ids[:, 0] % 2 if kind.endswith("Classification") else ids
+    model(ids, labels=labels).loss.backward()
+    out["grads"] = sum(p.grad is not None for p in model.parameters())
+    batch = tokenizer(["ACGTACGTAC", "ACG"], padding=True)
+    out["ids"], out["mask"] = batch["input_ids"], batch["attention_mask"]
+    out["cut"] = tokenizer("ACGTACGTACGTNNACGTACGT", truncation=True, max_length=4)["input_ids"]
+    if tokenizer.mask_token is not None:
+        out["masked"] = tokenizer("AC" + tokenizer.mask_token + "GT")["input_ids"]
+    numpy.savez(folder + ".out.npz", **out)
 """
+LM, MLM, CLS = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"
 CASES = {
-    "hyenadna-hf-tiny": "AutoModelForCausalLM",
-    "hyenadna-hf-seqcls": "AutoModelForSequenceClassification",
-    "caduceus-ps-tied": "AutoModelForMaskedLM",
-    "caduceus-ps-seqcls": "AutoModelForSequenceClassification",
-    "mamba2-ssm-tiny": "AutoModelForCausalLM",
-    "mamba-ssm-tiny": "AutoModelForCausalLM",
-    "stripedhyena-evo1-tiny": "AutoModelForCausalLM",
-    "nt-v1-tiny": "AutoModelForMaskedLM",
+    **{"hyenadna-hf-tiny": LM, "hyenadna-hf-seqcls": CLS, "caduceus-ps-tied": MLM, "caduceus-ps-seqcls": CLS},
+    **{"caduceus-ph-tied": MLM, "mamba2-ssm-tiny": LM, "mamba-ssm-tiny": LM, "stripedhyena-evo1-tiny": LM},
+    **{"nt-v1-tiny": MLM, "nt-v2-tiny": MLM, "transformer": LM, "encoder": MLM, "cnn": MLM, "hybrid": LM},
+}
+FRESH = {
+    "transformer": TransformerConfig(d_model=16, n_layer=2, n_head=2),
+    "encoder": TransformerConfig(d_model=16, n_layer=2, n_head=2, causal=False),
+    "cnn": CNNConfig(d_model=16, n_layer=2),
+    "hybrid": Mamba2Config(d_model=16, n_layer=2, d_state=8, headdim=8, attn_layer_idx=(1,), n_head=2),
 }
 
 
@@ -77,34 +100,75 @@ def test_a_folder_that_is_there_is_not_replaced_unasked(tmp_path):
         convert(str(PARITY / "nt-v1-tiny"), str(tmp_path / "x"), to="evo9")
 
 
-def outside(folder, kind, ids, tmp_path):
-    np.savez(tmp_path / "io.npz", input_ids=ids)
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    arguments = [str(folder), kind, str(tmp_path / "io.npz")]
-    ran = subprocess.run(
-        [sys.executable, "-c", OUTSIDE, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return np.load(tmp_path / "io.npz")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_transformers_opens_it_without_genossm(case, tmp_path):
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """Export every case and open all of them in one process that has never heard of genossm."""
     pytest.importorskip("transformers")
-    folder = tmp_path / "exported"
-    convert(str(PARITY / case), str(folder), to="hf")
-    ids = np.load(PARITY / case / "io.npz")["input_ids"][:, :40]
-    got = outside(folder, CASES[case], ids, tmp_path)
-    with torch.no_grad():
-        if CASES[case].endswith("Classification"):
-            model = checkpoint.load_classifier(PARITY / case)
-            expected, states = model(torch.from_numpy(ids)), model.backbone(torch.from_numpy(ids))
-        else:
-            model = checkpoint.load(PARITY / case)
-            states = model(torch.from_numpy(ids))
-            expected = model.logits(states)
+    folder = tmp_path_factory.mktemp("outside")
+    for case, config in FRESH.items():
+        torch.manual_seed(0)
+        checkpoint.save(config.build(), folder / "ours" / case, {"training data": "chr20"})
+    opened = {}
+    for case in CASES:
+        source_ = folder / "ours" / case if case in FRESH else PARITY / case
+        convert(str(source_), str(folder / case), to="hf")
+        model = (checkpoint.load_classifier if CASES[case] == CLS else checkpoint.load)(source_)
+        rows = model.config.vocab_size if case in FRESH else 0
+        ids = torch.randint(rows, (2, 24)) if rows else torch.from_numpy(np.load(PARITY / case / "io.npz")["input_ids"])
+        np.savez(folder / f"{case}.npz", input_ids=ids[:, :40])
+        opened[case] = model, ids[:, :40]
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    arguments = json.dumps([[str(folder / case), kind] for case, kind in CASES.items()])
+    ran = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, arguments], capture_output=True, text=True, cwd=folder, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return folder, opened
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_transformers_opens_it_without_genossm(case, outside):
+    folder, opened = outside
+    model, ids = opened[case]
+    got = np.load(folder / f"{case}.out.npz")
+    if CASES[case] == CLS:
+        expected, states = model(ids), model.backbone(ids)
+    else:
+        states = model(ids)
+        expected = model.logits(states)
     np.testing.assert_allclose(got["logits"], expected.numpy(), atol=2e-5, rtol=1e-4)
     np.testing.assert_allclose(got["states"], states.numpy(), atol=2e-5, rtol=1e-4)
-    assert got["mask"].tolist()[1] == sorted(got["mask"].tolist()[1], reverse=True)
-    assert "Training data and metrics" in (folder / "README.md").read_text()
+    np.testing.assert_array_equal(got["again"], got["logits"])
+    assert got["grads"] > 5
+    if CASES[case] == LM:
+        written = ids[:1, :5]
+        for _ in range(6):
+            written = torch.cat([written, model.logits(model(written))[:, -1:].argmax(-1)], 1)
+        assert got["generated"].tolist() == written.tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_its_tokenizer_is_ours(case, outside):
+    folder, opened = outside
+    model, _ = opened[case]
+    got, ours = np.load(folder / f"{case}.out.npz"), tokenizer_of(model if CASES[case] != CLS else model.backbone)
+    ids, mask = ours.encode_batch(["ACGTACGTAC", "ACG"], side="right")
+    assert got["ids"].tolist() == ids.tolist()
+    assert got["mask"].tolist() == mask.astype(int).tolist()
+    assert got["cut"].tolist() == ours.encode_batch(["ACGTACGTACGTNNACGTACGT"], max_length=4)[0][0].tolist()
+    if "masked" in got:
+        word = ours.vocabulary[ours.mask_id]
+        assert got["masked"].tolist() == ours.encode(f"AC{word}GT", special=True).tolist()
+
+
+@pytest.mark.parametrize("case", ["hyenadna-hf-tiny", "cnn"])
+def test_its_code_is_one_plain_file_and_its_card_says_what_is_known(case, outside):
+    folder, _ = outside
+    code = (folder / case / "modeling_genossm.py").read_text()
+    assert not re.search(r"\b(exec|eval|compile|__import__|import_module)\(|^\s*(from|import) genossm", code, re.M)
+    compile(code, "modeling_genossm.py", "exec")
+    card = (folder / case / "README.md").read_text()
+    assert "## Training data and metrics" in card
+    assert ("- training data: chr20" in card) == (case == "cnn")
+    assert "| n_layer | 2 |" in card
