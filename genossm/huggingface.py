@@ -83,7 +83,8 @@ def _config(backbone: Backbone, classifier: Classifier | None) -> dict[str, Any]
         "head": None if head is None else head.to_dict(),
         "vocab_size": backbone.config.padded_vocab_size,
         "hidden_size": backbone.d_output,
-        "tie_word_embeddings": False,
+        # transformers looks at tied keys of any kind only where this is set.
+        "tie_word_embeddings": True,
         "genossm_version": genossm.__version__,
         **labels,
     }
@@ -137,18 +138,27 @@ def _build(config):
     return backbone
 
 
+def _tied(model):
+    """Return the second names of parameters, each with the first one."""
+    first, tied = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
+
+
 class GenossmPreTrainedModel(PreTrainedModel):
     """What the classes below share."""
 
     config_class = GenossmConfig
     base_model_prefix = "backbone"
-    _tied_weights_keys = {}
     supports_gradient_checkpointing = False
 
     def __init__(self, config):
         super().__init__(config)
         self.backbone = _build(config)
         self.add_parts(config)
+        self._tied_weights_keys = _tied(self)
         self.post_init()
 
     def add_parts(self, config):
@@ -194,6 +204,11 @@ class GenossmForCausalLM(GenossmPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        """Say that there is no cache of keys and values: each step reads the whole sequence."""
+        return False
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
         return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -62,9 +62,12 @@ def merge(wanted: Iterable[Symbol]) -> str:
         if symbol[1] not in module.definitions:
             raise ValueError(f"{symbol[1]} of {symbol[0]} can't be written into one file for plain torch.")
         definition = module.definitions[symbol[1]]
-        for needed in _needs(definition, module):
+        # What runs while the file is read comes first; bodies of functions find their names later.
+        for needed in _needs(_at_once(definition.nodes[0]), module):
             reach(needed, (*within, symbol))
         order.append(symbol)
+        for needed in _needs(definition.nodes, module):
+            reach(needed)
 
     for symbol in keeping:
         reach(symbol)
@@ -148,7 +151,8 @@ class _Fold(ast.NodeTransformer):
         self.known: dict[str, ast.Constant] = {}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        outer, self.known = self.known, {}
+        outer = self.known
+        self.known = dict[str, ast.Constant]()
         plain = ast.dump(node)
         self.generic_visit(node)
         self.known = outer
@@ -249,10 +253,23 @@ def _kernel_module(name: str) -> str:
     return f"{parent}.kernels.{leaf}_{_BACKEND}"
 
 
-def _needs(definition: _Definition, module: _Module) -> list[Symbol]:
+def _at_once(node: ast.stmt) -> list[ast.AST]:
+    """Return the parts of a definition that Python runs when it reads it: not bodies of functions, nor annotations."""
+    if isinstance(node, ast.FunctionDef):
+        defaults = [default for default in node.args.kw_defaults if default is not None]
+        return [*node.decorator_list, *node.args.defaults, *defaults]
+    if isinstance(node, ast.ClassDef):
+        inside = [part for statement in node.body for part in _at_once(statement)]
+        return [*node.decorator_list, *node.bases, *(keyword.value for keyword in node.keywords), *inside]
+    if isinstance(node, ast.AnnAssign):
+        return [] if node.value is None else [node.value]
+    return [node]
+
+
+def _needs(roots: Iterable[ast.AST], module: _Module) -> list[Symbol]:
     found: dict[Symbol, None] = {}
     inside: set[int] = set()
-    for root in definition.nodes:
+    for root in roots:
         for node in _names(root):
             symbol = None if id(node) in inside else _resolve(node, module)
             if isinstance(node, ast.Attribute) and symbol is not None:
