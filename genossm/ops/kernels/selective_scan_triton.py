@@ -447,7 +447,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, D, z, bias, drop, lengths, entering, decay = ctx.saved_tensors
         plan, rest = ctx.plan, (bias, drop, lengths)
-        dy = torch.zerosempty_like(u) if grads[0] is None else grads[0]
+        dy = torch.zeros_like(u) if grads[0] is None else grads[0]
         edge, _ = plan.edges(dy, dt, z, C, A, rest, adjoint=True)
         last = None if grads[1] is None else grads[1].contiguous()
         adjoint, d_first = plan.chain(edge, decay, A, last, leftward=not plan.flags["REVERSE"])
