@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.nn.block import Block
 from genossm.nn.mamba import BiMamba, Mamba, MambaShape, StepInit, init_mamba_
+from genossm.nn.norm import added
 from genossm.nn.rc import (
     CHAR_COMPLEMENT,
     StrandNorm,
@@ -21,7 +22,6 @@ from genossm.nn.rc import (
     join_strands,
     split_strands,
     strand_logits,
-    with_turned_weights,
 )
 
 
@@ -117,7 +117,8 @@ class CaduceusBlock(Block):
     def forward(self, x_BLD: Tensor, *context: Tensor | None) -> Tensor:
         if not self.mirrored:
             return super().forward(x_BLD, *context)
-        return self._add(x_BLD, self.mixer(with_turned_weights(self.norm1, x_BLD), *context, mirrored=True))
+        x_BLD, normed_BLD = added(self.norm1, x_BLD, None, turned=True)
+        return self._add(x_BLD, self.mixer(normed_BLD, *context, mirrored=True))
 
 
 class Caduceus(Backbone):

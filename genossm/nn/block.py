@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PIECE = 1024
-"""Positions that an MLP takes at once where no gradient is needed."""
+from genossm.nn.norm import added
+
+_PIECE = {"cpu": 1 << 10, "cuda": 1 << 16}
+"""Positions that an MLP takes at once where no gradient is needed, by kind of device."""
 
 
 class Block(nn.Module):
@@ -31,7 +33,8 @@ class Block(nn.Module):
         self.dropout2 = nn.Dropout(dropout)
 
     def forward(self, x_BLD: Tensor, *context: Tensor | None) -> Tensor:
-        return self._add(x_BLD, self.mixer(self.norm1(x_BLD), *context))
+        x_BLD, normed_BLD = added(self.norm1, x_BLD, None)
+        return self._add(x_BLD, self.mixer(normed_BLD, *context))
 
     def init_state(self, batch_size: int) -> dict[str, Any]:
         """Return the mixer's state before the first position."""
@@ -43,12 +46,15 @@ class Block(nn.Module):
         return self._add(x_BLD, y_BLD), state
 
     def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.dropout1(y_BLD)
+        y_BLD = self.dropout1(y_BLD)
         if self.mlp is None or self.norm2 is None:
-            return x_BLD
-        if not torch.is_grad_enabled() and x_BLD.device.type == "cpu" and not torch.compiler.is_compiling():
+            return x_BLD + y_BLD
+        piece = _PIECE.get(x_BLD.device.type)
+        if not torch.is_grad_enabled() and piece is not None and not torch.compiler.is_compiling():
+            x_BLD = x_BLD + y_BLD
             # Pieces stay in cache, and the wide hidden layer of a long input never exists at once; x is ours here.
-            for piece_BLD in x_BLD.split(_PIECE, dim=1):
-                piece_BLD += self.dropout2(self.mlp(self.norm2(piece_BLD)))
+            for piece_BLD in x_BLD.split(piece, dim=1):
+                piece_BLD += self.dropout2(self.mlp(added(self.norm2, piece_BLD, None)[1]))
             return x_BLD
-        return x_BLD + self.dropout2(self.mlp(self.norm2(x_BLD)))
+        x_BLD, normed_BLD = added(self.norm2, x_BLD, y_BLD)
+        return x_BLD + self.dropout2(self.mlp(normed_BLD))

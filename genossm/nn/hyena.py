@@ -5,15 +5,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from genossm.nn.linear import FromTime, ToTime
 from genossm.ops.causal_conv1d import causal_conv1d
 from genossm.ops.fftconv import fftconv
-from genossm.ops.hyena_conv import hyena_conv
+from genossm.ops.hyena_conv import ImplicitFilter, hyena_conv
 from genossm.ops.online_conv import Taps, online_conv, online_conv_state
 
-_LONG = 1 << 13
-"""Tokens from which inference goes through a few channels at a time."""
-_CHANNELS = 16
+_LONG = {"cpu": 1 << 13, "cuda": 1 << 18}
+"""Tokens from which inference goes through a few channels at a time, by kind of device."""
+_CHANNELS = {"cpu": 16, "cuda": 64}
+_REMADE = 1 << 15
+"""Taps from which a GPU makes the filters' network again in the backward pass: its layers are as long as the input."""
 _DECAY_TARGET = 1e-2
 _FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
 
@@ -134,7 +138,20 @@ class HyenaFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Return the first `length` taps of every filter, k_CL, in the parameters' dtype."""
-        return self.channels(*self.trunk(length), slice(None))
+        return self.implicit(length).taps()
+
+    def implicit(self, length: int) -> ImplicitFilter:
+        """Return the first `length` taps of every filter as what makes them."""
+        if torch.is_grad_enabled() and self.deltas_C.is_cuda and length >= _REMADE:
+            h_FL, t_L = cast(
+                tuple[Tensor, Tensor], checkpoint(self.trunk, length, use_reentrant=False, preserve_rng_state=False)
+            )
+        else:
+            h_FL, t_L = self.trunk(length)
+        last = cast(nn.Linear, self.implicit_filter[-1])
+        if not self.modulate:
+            return ImplicitFilter(h_FL, last.weight, torch.zeros_like(self.deltas_C), t_L, 0.0)
+        return ImplicitFilter(h_FL, last.weight, self.deltas_C, t_L, self.shift)
 
     def trunk(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the network's last hidden layer, which all channels share, and the times t_L."""
@@ -146,15 +163,6 @@ class HyenaFilter(nn.Module):
                 else:
                     h_FL = layer(h_FL)
             return h_FL, t_L
-
-    def channels(self, h_FL: Tensor, t_L: Tensor, rows: slice) -> Tensor:
-        """Return the taps of some channels, from what `trunk` returned."""
-        with torch.autocast(self.deltas_C.device.type, enabled=False):
-            last = cast(nn.Linear, self.implicit_filter[-1])
-            k_CL = last.weight[rows] @ h_FL
-            if not self.modulate:
-                return k_CL
-            return k_CL * (torch.exp(-self.deltas_C[rows].abs()[:, None] * t_L) + self.shift)
 
 
 class HyenaOperator(nn.Module):
@@ -203,21 +211,26 @@ class HyenaOperator(nn.Module):
                 " model with a larger max_length."
             )
         plain = self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training)
-        if plain and length >= _LONG and not torch.is_grad_enabled() and x_BLD.device.type == "cpu":
+        if plain and length >= _LONG.get(x_BLD.device.type, length + 1) and not torch.is_grad_enabled():
             return self._mix_groups(x_BLD)
         # (3D, D) @ (B, D, L): time is contiguous from here to the output projection, with no transposed copy.
         weight_BCD = self.in_proj.weight.expand(x_BLD.shape[0], -1, -1)
-        u_BCL = torch.baddbmm(self.in_proj.bias[:, None], weight_BCD, x_BLD.transpose(1, 2))
+        if x_BLD.is_cuda:
+            u_BCL = cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias))
+        else:
+            u_BCL = torch.baddbmm(self.in_proj.bias[:, None], weight_BCD, x_BLD.transpose(1, 2))
         if plain:
             y_BLD = hyena_conv(
                 u_BCL.transpose(1, 2),
                 self.short_filter.weight[:, 0],
                 self.short_bias,
-                self.filter_fn(length),
+                self.filter_fn.implicit(length),
                 self.filter_fn.skip,
             )
         else:
             y_BLD = self._mix(u_BCL, mask_BL)
+        if x_BLD.is_cuda:
+            return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), self.out_proj.weight, self.out_proj.bias))
         return torch.baddbmm(self.out_proj.bias, y_BLD, self.out_proj.weight.T.expand(x_BLD.shape[0], -1, -1))
 
     def _mix_groups(self, x_BLD: Tensor) -> Tensor:
@@ -226,16 +239,19 @@ class HyenaOperator(nn.Module):
         w_3DD, bias_3D = self.in_proj.weight.unflatten(0, (3, width)), self.in_proj.bias.unflatten(0, (3, width))
         short_3DW = self.short_filter.weight[:, 0].unflatten(0, (3, width))
         short_bias_3D = self.short_bias.unflatten(0, (3, width))
-        h_FL, t_L = self.filter_fn.trunk(length)
-        y_BDL = x_BLD.new_empty(batch, width, length)
-        for first in range(0, width, _CHANNELS):
-            rows = slice(first, first + _CHANNELS)
+        filters = self.filter_fn.implicit(length)
+        y_BDL: Tensor | None = None
+        several = _CHANNELS[x_BLD.device.type]
+        for first in range(0, width, several):
+            rows = slice(first, first + several)
             w_BCD = w_3DD[:, rows].flatten(0, 1).expand(batch, -1, -1)
             u_BCL = torch.baddbmm(bias_3D[:, rows].flatten()[:, None], w_BCD, x_BLD.transpose(1, 2))
             short = short_3DW[:, rows].flatten(0, 1), short_bias_3D[:, rows].flatten()
-            k_GL = self.filter_fn.channels(h_FL, t_L, rows)
-            y_BLG = hyena_conv(u_BCL.transpose(1, 2), *short, k_GL, self.filter_fn.skip[rows])
+            y_BLG = hyena_conv(u_BCL.transpose(1, 2), *short, filters.part(rows), self.filter_fn.skip[rows])
+            if y_BDL is None:
+                y_BDL = y_BLG.new_empty(batch, width, length)
             y_BDL[:, rows] = y_BLG.transpose(1, 2)
+        assert y_BDL is not None
         weight_BDD = self.out_proj.weight.T.expand(batch, -1, -1)
         return torch.baddbmm(self.out_proj.bias, y_BDL.transpose(1, 2), weight_BDD)
 

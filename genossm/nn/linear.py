@@ -1,25 +1,48 @@
-"""Linear layers between tensors whose width, and tensors whose time, is contiguous in memory, with no copy."""
+"""Linear layers between tensors whose width, and tensors whose time, is contiguous in memory, with no copy either way.
+
+A product with the weight on the left writes either form at the speed of any product; a copy between the forms of a long
+row takes some thirty times as long on a GPU. Autograd's own gradients would come in the other form.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def to_time(weight_CD: Tensor, x_BLD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """Apply a linear layer; the result (B, L, C) has time contiguous in memory, whatever the form of x.
+class ToTime(torch.autograd.Function):
+    """x_BLD, weight_CD, bias_C -> (B, C, L); the gradient of x has its width contiguous."""
 
-    A product with the weight on the left writes that form at the speed of any product; a copy between the forms of a
-    long row takes some thirty times as long on a GPU.
-    """
-    x_BDL = x_BLD.transpose(1, 2)
-    weight_BCD = weight_CD.expand(x_BLD.shape[0], -1, -1)
-    if bias_C is None:
-        return torch.bmm(weight_BCD, x_BDL).transpose(1, 2)
-    return torch.baddbmm(bias_C[:, None], weight_BCD, x_BDL).transpose(1, 2)
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x_BLD, weight_CD, bias_C = given
+        ctx.save_for_backward(x_BLD, weight_CD)
+        weight_BCD = weight_CD.expand(x_BLD.shape[0], -1, -1)
+        return torch.baddbmm(bias_C[:, None], weight_BCD, x_BLD.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BLD, weight_CD = ctx.saved_tensors
+        dy_BCL = grads[0]
+        dx_BLD = dy_BCL.transpose(1, 2) @ weight_CD.to(dy_BCL.dtype)
+        dw_CD = (dy_BCL @ x_BLD.to(dy_BCL.dtype)).sum(0)
+        return dx_BLD.to(x_BLD.dtype), dw_CD.to(weight_CD.dtype), dy_BCL.sum((0, 2)).to(weight_CD.dtype)
 
 
-def from_time(weight_CD: Tensor, x_BLD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """Apply a linear layer to x, whose time may be contiguous in memory; the result has its width contiguous."""
-    weight_BDC = weight_CD.T.expand(x_BLD.shape[0], -1, -1)
-    if bias_C is None:
-        return torch.bmm(x_BLD, weight_BDC)
-    return torch.baddbmm(bias_C, x_BLD, weight_BDC)
+class FromTime(torch.autograd.Function):
+    """x_BDL, weight_CD, bias_C -> (B, L, C); the gradient of x has its time contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x_BDL, weight_CD, bias_C = given
+        ctx.save_for_backward(x_BDL, weight_CD)
+        weight_BDC = weight_CD.T.expand(x_BDL.shape[0], -1, -1)
+        return torch.baddbmm(bias_C, x_BDL.transpose(1, 2), weight_BDC)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BDL, weight_CD = ctx.saved_tensors
+        dy_BLC = grads[0]
+        dx_BDL = weight_CD.T.to(dy_BLC.dtype) @ dy_BLC.transpose(1, 2)
+        dw_CD = (x_BDL.to(dy_BLC.dtype) @ dy_BLC).sum(0).T
+        return dx_BDL.to(x_BDL.dtype), dw_CD.to(weight_CD.dtype), dy_BLC.sum((0, 1)).to(weight_CD.dtype)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genossm.nn.linear import from_time, to_time
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from genossm.ops.mamba_mix import Direction, mamba_mix, select
 from genossm.ops.selective_scan import selective_scan, selective_scan_step
 from genossm.ops.ssd import ssd, ssd_step
 
@@ -124,56 +124,48 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """Mix along time, from left to right; `mirrored` is that of `BiMamba.forward`."""
         xz_BLE2 = _project(self.in_proj, x_BLD, 1 if mirrored else None)
-        y_BLE, _ = self.mix(xz_BLE2, reverse=mirrored, lengths_B=lengths_B, resets_BL=resets_BL)
+        y_BLE = mamba_mix(xz_BLE2, [self.direction(mirrored)], lengths_B, resets_BL)
         return _project(self.out_proj, y_BLE, 0 if mirrored else None)
 
-    def mix(
-        self, xz_BLE2: Tensor, state: dict[str, Any] | None = None, reverse: bool = False, **rows: Tensor | None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Run what stands between the projections, after `state` where there is one.
-
-        Args:
-            xz_BLE2: the two halves that `in_proj` gives.
-            state: that of `extend`; the state after the last position is returned if it is given.
-            reverse: run from right to left.
-            rows: `lengths_B` and `resets_BL` of the ops.
-        """
-        x_BLE, z_BLE = _split(xz_BLE2, [xz_BLE2.shape[-1] // 2] * 2)
-        options: dict[str, Any] = {"return_state": state is not None, "reverse": reverse, **rows}
-        mixed = causal_conv1d(
-            x_BLE,
+    def direction(self, reverse: bool = False) -> Direction:
+        """Return the weights of what stands between the projections."""
+        return Direction(
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
-            activation="silu",
-            initial_state_BEW1=None if state is None else state["conv_BEW1"],
-            **options,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self._rates(),
+            self.D,
+            reverse,
         )
-        x_BLE, conv_BEW1 = mixed if state is not None else (mixed, None)
-        dt_BLE, B_BLN, C_BLN = self._selection(x_BLE)
-        scanned = selective_scan(
+
+    def _mix_after(self, xz_BLE2: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Run what stands between the projections after `state`; returns the state after it too."""
+        x_BLE, z_BLE = xz_BLE2.chunk(2, dim=-1)
+        d = self.direction()
+        x_BLE, conv_BEW1 = causal_conv1d(
+            x_BLE,
+            d.conv_EW,
+            d.conv_bias_E,
+            activation="silu",
+            initial_state_BEW1=state["conv_BEW1"],
+            return_state=True,
+        )
+        dt_BLE, B_BLN, C_BLN = select(x_BLE, d)
+        y_BLE, ssm_BEN = selective_scan(
             x_BLE,
             dt_BLE,
-            self._rates(),
+            d.A_EN,
             B_BLN,
             C_BLN,
             self.D.to(x_BLE.dtype),
             z_BLE,
-            self.dt_proj.bias,
-            initial_state_BEN=None if state is None else state["ssm_BEN"],
-            **options,
+            d.dt_bias_E,
+            initial_state_BEN=state["ssm_BEN"],
+            return_state=True,
         )
-        if state is None:
-            return scanned, {}
-        return scanned[0], {"conv_BEW1": conv_BEW1, "ssm_BEN": scanned[1]}
-
-    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rank = self.dt_proj.in_features
-        states = self.A_log.shape[1]
-        if _time_is_last(x):
-            dt, B, C = _split(to_time(self.x_proj.weight, x), [rank, states, states])
-            return to_time(self.dt_proj.weight, dt), B, C
-        dt, B, C = self.x_proj(x).split([rank, states, states], dim=-1)
-        return F.linear(dt, self.dt_proj.weight), B, C
+        return y_BLE, {"conv_BEW1": conv_BEW1, "ssm_BEN": ssm_BEN}
 
     def _rates(self) -> Tensor:
         # In float32 whatever the parameters are: a rate is an exponent of an exponent.
@@ -194,13 +186,13 @@ class Mamba(nn.Module):
         assert self.out_proj is not None
         xz_BLE2 = self.in_proj(x_BLD)
         if x_BLD.shape[1] > 1:
-            y_BLE, state = self.mix(xz_BLE2, state)
+            y_BLE, state = self._mix_after(xz_BLE2, state)
             return self.out_proj(y_BLE), state
         x_BE, z_BE = xz_BLE2[:, 0].chunk(2, dim=-1)
         x_BE, conv_BEW1 = causal_conv1d_step(
             x_BE, self.conv1d.weight[:, 0], self.conv1d.bias, state_BEW1=state["conv_BEW1"], activation="silu"
         )
-        dt_BE, B_BN, C_BN = self._selection(x_BE)
+        dt_BE, B_BN, C_BN = select(x_BE, self.direction())
         y_BE, ssm_BEN = selective_scan_step(
             x_BE, dt_BE, self._rates(), B_BN, C_BN, self.D, z_BE, self.dt_proj.bias, state_BEN=state["ssm_BEN"]
         )
@@ -245,18 +237,17 @@ class BiMamba(nn.Module):
             mirrored: give what the layer would give for the row read backwards with its channels in reverse order,
                 in the order of the row: the directions change places and the projections' columns and rows turn round.
         """
-        rows = {"lengths_B": lengths_B, "resets_BL": resets_BL}
-        xz_fwd = _project(self.mamba_fwd.in_proj, x_BLD, 1 if mirrored else None)
-        xz_rev = xz_fwd if self.tied else _project(self.mamba_rev.in_proj, x_BLD, 1 if mirrored else None)
-        y_fwd, _ = self.mamba_fwd.mix(xz_fwd, reverse=mirrored, **rows)
-        y_rev, _ = self.mamba_rev.mix(xz_rev, reverse=not mirrored, **rows)
+        fwd, rev = self.mamba_fwd.direction(mirrored), self.mamba_rev.direction(not mirrored)
+        turned_in, turned_out = (1, 0) if mirrored else (None, None)
+        xz_fwd = _project(self.mamba_fwd.in_proj, x_BLD, turned_in)
         out_fwd = self.mamba_fwd.out_proj
-        out_rev = out_fwd if self.tied else self.mamba_rev.out_proj
-        axis = 0 if mirrored else None
         assert out_fwd is not None
         if self.tied and self.strategy == "add" and out_fwd.bias is None:
-            return _project(out_fwd, y_fwd + y_rev, axis)
-        y_fwd, y_rev = _project(out_fwd, y_fwd, axis), _project(out_rev, y_rev, axis)
+            return _project(out_fwd, mamba_mix(xz_fwd, [fwd, rev], lengths_B, resets_BL), turned_out)
+        xz_rev = xz_fwd if self.tied else _project(self.mamba_rev.in_proj, x_BLD, turned_in)
+        out_rev = out_fwd if self.tied else self.mamba_rev.out_proj
+        y_fwd = _project(out_fwd, mamba_mix(xz_fwd, [fwd], lengths_B, resets_BL), turned_out)
+        y_rev = _project(out_rev, mamba_mix(xz_rev, [rev], lengths_B, resets_BL), turned_out)
         return y_fwd + y_rev if self.strategy == "add" else y_fwd * y_rev
 
 
@@ -267,22 +258,7 @@ def _project(linear: nn.Linear | None, x: Tensor, turned: int | None) -> Tensor:
     if turned is not None:
         weight = weight.flip(turned)
         bias = bias.flip(0) if bias is not None and turned == 0 else bias
-    if not _time_is_last(x):
-        return F.linear(x, weight, bias)
-    # What goes into a layer has its width contiguous in memory, what comes out of its scan has its time.
-    return (to_time if x.stride(-1) == 1 else from_time)(weight, x, bias)
-
-
-def _split(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Split the width; in the form whose time is contiguous, so that the parts' gradients are joined at full speed."""
-    if not _time_is_last(x):
-        return x.split(sizes, dim=-1)
-    return tuple(part.transpose(1, 2) for part in x.transpose(1, 2).split(sizes, dim=1))
-
-
-def _time_is_last(x: Tensor) -> bool:
-    """Tell whether a layer keeps time contiguous in memory: the kernels of a GPU want it, those of a CPU don't."""
-    return x.is_cuda and x.ndim == 3
+    return F.linear(x, weight, bias)
 
 
 @dataclass(frozen=True, kw_only=True)

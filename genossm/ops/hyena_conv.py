@@ -7,7 +7,7 @@ short convolution again instead of keeping it.
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -23,6 +23,29 @@ _GROUP = 1 << 18
 """FFT elements of a group: its buffers fit the caches of a core (measured: 2^17 to 2^19 are alike)."""
 _ROWS = 4
 """Least rows of a batched transform: one alone costs three to seven times as much a row (measured with MKL)."""
+
+
+class ImplicitFilter(NamedTuple):
+    """A long filter as its network's last layer and window, k = (w h) (exp(-|decay| t) + shift), not yet made.
+
+    A GPU makes its taps a group of channels at a time, and again in the backward pass: they are as large as the input.
+    """
+
+    h_FL: Tensor
+    w_DF: Tensor
+    decay_D: Tensor
+    t_L: Tensor
+    shift: float
+
+    def part(self, rows: slice) -> "ImplicitFilter":
+        """Return the filters of some channels."""
+        return self._replace(w_DF=self.w_DF[rows], decay_D=self.decay_D[rows])
+
+    def taps(self) -> Tensor:
+        """Return the taps k_DL."""
+        with torch.autocast(self.h_FL.device.type, enabled=False):
+            window_DL = torch.exp(-self.decay_D.abs()[:, None] * self.t_L) + self.shift
+            return (self.w_DF @ self.h_FL) * window_DL
 
 
 def hyena_conv_ref(
@@ -46,7 +69,7 @@ def hyena_conv(
     u_BLC: Float[Tensor, "B L C"],
     w_CW: Float[Tensor, "C W"],
     bias_C: Float[Tensor, " C"],
-    k_DL: Float[Tensor, "D K"],
+    k_DL: Float[Tensor, "D K"] | ImplicitFilter,
     skip_D: Float[Tensor, " D"],
 ) -> Float[Tensor, "B L D"]:
     """Mix the three projections of a causal Hyena of order 2 along time.
@@ -55,7 +78,7 @@ def hyena_conv(
         u_BLC: the projections x0, x1, v side by side, C = 3 D, before the short convolution; time contiguous in
             memory (`u_BCL.transpose(1, 2)`) is the fast case and the result's form.
         w_CW, bias_C: the short convolution.
-        k_DL: the long filter over lags 0, 1, …; at least L of them.
+        k_DL: the long filter over lags 0, 1, …, at least L of them, or how to make it.
         skip_D: weight of the long convolution's own input.
 
     Returns:
@@ -64,8 +87,15 @@ def hyena_conv(
     Raises:
         ValueError: the filter is shorter than the sequence.
     """
-    if k_DL.shape[1] < u_BLC.shape[1]:
-        raise ValueError(f"The filter has {k_DL.shape[1]} taps, the sequence {u_BLC.shape[1]}; a filter must cover it.")
+    implicit = k_DL if isinstance(k_DL, ImplicitFilter) else None
+    taps = k_DL.shape[1] if isinstance(k_DL, Tensor) else k_DL.h_FL.shape[1]
+    if taps < u_BLC.shape[1]:
+        raise ValueError(f"The filter has {taps} taps, the sequence {u_BLC.shape[1]}; a filter must cover it.")
+    if implicit is not None and _on_gpu(u_BLC):
+        kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
+        size = gpu_size(2 * u_BLC.shape[1] - 1)
+        return kernels.ImplicitHyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, *implicit, size)
+    k_DL = k_DL if isinstance(k_DL, Tensor) else k_DL.taps()
     dtypes = {u_BLC.dtype, w_CW.dtype, bias_C.dtype, k_DL.dtype, skip_D.dtype}
     one_dtype = dtypes == {torch.float32}
     fits = u_BLC.device.type == "cpu" and w_CW.shape[1] == 3 and one_dtype and not torch.compiler.is_compiling()
@@ -79,9 +109,15 @@ def hyena_conv(
         return _HyenaConv.apply(u_BLC.transpose(1, 2), w_CW, bias_C, k_DL, skip_D).transpose(1, 2)
     if chosen == "triton":
         kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
-        return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, k_DL, skip_D, gpu_size(2 * u_BLC.shape[1] - 1))
+        return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, k_DL, gpu_size(2 * u_BLC.shape[1] - 1))
     x0_BLD, x1_BLD, v_BLD = causal_conv1d(u_BLC, w_CW, bias_C).chunk(3, dim=-1)
     return fftconv(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)
+
+
+def _on_gpu(u_BLC: Tensor) -> bool:
+    """Tell whether the kernels of a GPU run."""
+    offered = ("triton", "numba", "torch", "reference")
+    return u_BLC.dtype != torch.float64 and choose("hyena_conv", u_BLC.device, offered).name == "triton"
 
 
 class _HyenaConv(torch.autograd.Function):

@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 
+from genossm.ops.add_norm import add_norm, add_norm_ref
 from genossm.ops.backend import installed, use_backend
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref
-from genossm.ops.hyena_conv import hyena_conv, hyena_conv_ref
+from genossm.ops.hyena_conv import ImplicitFilter, hyena_conv, hyena_conv_ref
+from genossm.ops.mamba_mix import Direction, mamba_mix, mamba_mix_ref
 from genossm.ops.selective_scan import selective_scan, selective_scan_ref
 from genossm.ops.ssd import ssd, ssd_ref
 from genossm.testing import assert_equals_reference
@@ -69,12 +71,11 @@ def draw_scan(batch, length, width, states, dtype=torch.float32, bare=False, tim
     ("shape", "options"),
     [
         ((1, 1, 1, 1), {}),
-        ((1, 63, 9, 2), {}),
-        ((1, 63, 9, 2), {"reverse": True}),
-        ((1, 128, 8, 1), {"reverse": True}),
-        ((2, 70, 3, 2), {"lengths_B": (70, 20), "resets_BL": True}),
-        ((2, 70, 3, 2), {"lengths_B": (70, 20), "resets_BL": True, "reverse": True}),
-        pytest.param((1, 1000, 3, 1), {}, marks=pytest.mark.slow),
+        ((1, 19, 33, 2), {}),
+        ((1, 16, 32, 1), {"reverse": True}),
+        ((2, 21, 3, 2), {"lengths_B": (21, 12), "resets_BL": True}),
+        ((2, 21, 3, 2), {"lengths_B": (21, 12), "resets_BL": True, "reverse": True}),
+        pytest.param((1, 560, 3, 1), {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -185,6 +186,71 @@ def test_ssd_of_half_precision():
     with use_backend("triton"):
         inputs = draw_ssd(1, 20, 2, 3, 1, 2, torch.bfloat16, bare=True)
         assert_equals_reference(ssd, ssd_ref, inputs, {})
+
+
+@small
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("rms", [False, True])
+def test_add_norm(rms, added):
+    inputs = (
+        {"x": draw(3, 7, 5), "w": draw(5)} | ({} if rms else {"b": draw(5)}) | ({"y": draw(3, 7, 5)} if added else {})
+    )
+
+    def call(op):
+        return lambda x, w, b=None, y=None: op(x, y, w, b, 1e-5, rms)
+
+    with use_backend("triton"):
+        assert_equals_reference(call(add_norm), call(add_norm_ref), inputs, {})
+
+
+@small
+def test_hyena_conv_of_an_implicit_filter():
+    inputs = {"u": draw(2, 9, 15, time_last=True), "w": draw(15, 3), "b": draw(15), "skip": draw(5)}
+    inputs |= {"h": draw(4, 11), "last": draw(5, 4)}
+    decay, times = draw(5), torch.linspace(0, 1, 11, device=DEVICE)
+
+    def ours(u, w, b, skip, h, last):
+        return hyena_conv(u, w, b, ImplicitFilter(h, last, decay, times, 0.05), skip)
+
+    def truth(u, w, b, skip, h, last):
+        return hyena_conv_ref(u, w, b, ImplicitFilter(h, last, decay.to(h), times.to(h), 0.05).taps(), skip)
+
+    with use_backend("triton"):
+        assert_equals_reference(ours, truth, inputs, {})
+
+
+def mixed(mix):
+    """Return `mix` as a function of tensors by name: those of the first direction, the second one's behind them."""
+
+    def call(xz, lengths_B=None, **weights):
+        values = list(weights.values())
+        ways = [Direction(*values[7 * i : 7 * i + 7], reverse=i == 1) for i in range(len(values) // 7)]
+        return mix(xz, ways, lengths_B)
+
+    return call
+
+
+def draw_mix(length, width=3, states=2, rank=1, ways=2, **options):
+    inputs = {"xz": draw(2, length, 2 * width, **options)}
+    for i in range(ways):
+        inputs |= {
+            f"conv_{i}": draw(width, 4),
+            f"conv_bias_{i}": draw(width),
+            f"x_proj_{i}": draw(rank + 2 * states, width) / width**0.5,
+            f"dt_proj_{i}": draw(width, rank) / 4,
+            f"dt_bias_{i}": draw(width) - 3,
+            f"A_{i}": -torch.rand(width, states, device=DEVICE) * states,
+            f"D_{i}": draw(width),
+        }
+    return inputs
+
+
+@small
+@pytest.mark.parametrize("lengths", [None, (11, 5)])
+def test_mamba_mix(lengths):
+    options = {} if lengths is None else {"lengths_B": torch.tensor(lengths, device=DEVICE)}
+    with use_backend("triton"):
+        assert_equals_reference(mixed(mamba_mix), mixed(mamba_mix_ref), draw_mix(11), options)
 
 
 def relative(got, truth):

@@ -1,4 +1,4 @@
-"""The short convolution in Triton: one pass over memory forward, one backward, SiLU included.
+"""The short convolution in Triton: one pass over memory forward, one backward, SiLU included; time contiguous.
 
 A thread holds 8 consecutive positions and their neighbours, and makes what the activation's derivative needs again.
 Sums for the gradients of the taps are written in parts, tile by tile, and added in a fixed order.
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genossm.ops.kernels import causal_conv1d_torch
+from genossm.ops.backend import triton_interpreted
+from genossm.ops.kernels import causal_conv1d_torch, causal_conv1d_walks
 from genossm.ops.kernels.triton_parts import empty_like, join_runs, load_tile, sigmoid, split_runs
 
 _MOST_TAPS = 8
@@ -165,9 +166,9 @@ def causal_conv1d(
     return _CausalConv1d.apply(x_BLE, w_EW, bias_E, lengths_B, activation == "silu", reverse)
 
 
-def _shape(x_BLE: Tensor) -> tuple[int, int]:
-    """Return channels and runs of a program's tile: long where time is contiguous, wide where channels are."""
-    return (8, 32) if x_BLE.stride(1) == 1 or x_BLE.stride(2) != 1 else (64, 4)
+def _wide(x_BLE: Tensor) -> bool:
+    """Tell whether channels are contiguous in memory, so that `causal_conv1d_walks` takes them."""
+    return x_BLE.stride(2) == 1 and x_BLE.stride(1) != 1
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -183,12 +184,20 @@ class _CausalConv1d(torch.autograd.Function):
         return (*convolve_backward(grads[0], *ctx.saved_tensors, *ctx.options), None, None, None)
 
 
-def _flags(x: Tensor, w: Tensor, bias: Tensor | None, lengths: Tensor | None, silu: bool, reverse: bool) -> Any:
-    BD, G = _shape(x)
-    return {
+def _plan(
+    x: Tensor, w: Tensor, bias: Tensor | None, lengths: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Any, int, int]:
+    """Return the kernels' flags, and a program's channels and positions: wide or long, as memory is."""
+    flags = {
         "W": w.shape[1], "HAS_BIAS": bias is not None, "SILU": silu, "HAS_LENGTHS": lengths is not None,
-        "REVERSE": reverse, "BD": BD, "G": G, "num_warps": 4,
+        "REVERSE": reverse,
     }  # fmt: skip
+    if not _wide(x):
+        return flags | {"BD": 8, "G": 32, "num_warps": 4}, 8, 256
+    # 8 channels a thread are 16 bytes; short tiles where there are few.
+    width = min(256 if x.itemsize == 2 else 128, max(32, triton.next_power_of_2(x.shape[2])))
+    tile = 8 if triton_interpreted() else 64 if x.numel() >= 1 << 24 else 16
+    return flags | {"BD": width, "T": tile, "U": 4, "num_warps": 1}, width, tile
 
 
 def convolve(
@@ -196,10 +205,11 @@ def convolve(
 ) -> Tensor:
     """Run the forward kernel."""
     batch, length, width = x.shape
-    flags = _flags(x, w, bias, lengths, silu, reverse)
-    groups, tiles = triton.cdiv(width, flags["BD"]), triton.cdiv(length, flags["G"] * 8)
+    flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
+    groups = triton.cdiv(width, channels)
     y = empty_like(x)
-    _forward[(groups * tiles, batch)](
+    kernel = causal_conv1d_walks.forward if _wide(x) else _forward
+    kernel[(groups * triton.cdiv(length, tile), batch)](
         x, w.contiguous(), bias, lengths, y, width, length, groups, *x.stride(), *y.stride(), **flags
     )
     return y
@@ -213,16 +223,23 @@ def convolve_backward(
     lengths: Tensor | None = None,
     silu: bool = False,
     reverse: bool = False,
+    dx: Tensor | None = None,
+    add: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of input, taps and bias."""
+    """Return the gradients of input, taps and bias; the first in `dx`, or with `add` (wide form) added to it."""
     batch, length, width = x.shape
-    flags = _flags(x, w, bias, lengths, silu, reverse)
-    groups, tiles = triton.cdiv(width, flags["BD"]), triton.cdiv(length, flags["G"] * 8)
-    dx = empty_like(x)
-    parts = torch.empty(batch, tiles, width, flags["W"] + 1, device=x.device)
-    _backward[(groups * tiles, batch)](
+    flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
+    groups, tiles = triton.cdiv(width, channels), triton.cdiv(length, tile)
+    dx = empty_like(x) if dx is None else dx
+    shape = (width, flags["W"] + 1) if not _wide(x) else (flags["W"] + 1, width)
+    parts = torch.empty(batch, tiles, *shape, device=x.device)
+    if _wide(x):
+        flags["ADD"] = add
+    kernel = causal_conv1d_walks.backward if _wide(x) else _backward
+    kernel[(groups * tiles, batch)](
         x, w.contiguous(), bias, lengths, dy, dx, parts, width, length, tiles, groups,
         *x.stride(), *dy.stride(), *dx.stride(), **flags,
     )  # fmt: skip
     total = parts.sum((0, 1))
+    total = total.T if _wide(x) else total
     return dx, total[:, :-1].to(w.dtype), None if bias is None else total[:, -1].to(bias.dtype)

@@ -6,7 +6,7 @@ and pad into its buffer; multiply spectra; crop, add the skip, gate and cast. Ch
 buffers. Spectra are kept for the backward pass only where they are small beside the memory of a GPU.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from torch import Tensor
 _GROUP_BYTES = 1 << 29
 """Memory of one of the complex buffers of a group of channels."""
 _KEPT_BYTES = 1 << 30
-"""The two spectra of a call are kept for the backward pass up to this size, and made again above it."""
+"""The spectra of a call's filters are kept for the backward pass up to this size, and made again above it."""
 _T = 1024
 
 
@@ -202,13 +202,42 @@ def _unpack_filter(
         tl.store(dbehind + c.to(tl.int64) * r_c + t[None, :], value.to(dbehind.dtype.element_ty), seen)
 
 
+class Filters(Protocol):
+    """Filters that are made, and whose gradients are taken, a group of channels at a time."""
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Return the taps of some channels, (count, K)."""
+        ...
+
+    def add(self, first: int, d_GL: Tensor) -> None:
+        """Take the gradient of the taps of some channels, over the sequence's length."""
+        ...
+
+
+class Given:
+    """Filters that are there as a whole."""
+
+    def __init__(self, k: Tensor):
+        self.k = k
+        self.dk: Tensor | None = None
+
+    def rows(self, first: int, count: int) -> Tensor:
+        return self.k[first : first + count]
+
+    def add(self, first: int, d_GL: Tensor) -> None:
+        if self.dk is None:
+            self.dk = torch.zeros_like(self.k, memory_format=torch.contiguous_format)
+        self.dk[first : first + len(d_GL), : d_GL.shape[1]] = d_GL
+
+
 class FFTConv(torch.autograd.Function):
     """x, k, skip, k_reverse, gate_in, gate_out, size -> y; tensors as in `genossm.ops.fftconv`."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         *tensors, size = given
-        y, conv, spectra = convolve(*tensors, size, train=any(ctx.needs_input_grad))
+        x, k, *rest = tensors
+        y, conv, spectra = convolve(x, Given(k), *rest, size, train=any(ctx.needs_input_grad))
         ctx.save_for_backward(*tensors, conv, *spectra)
         ctx.size = size
         return y
@@ -220,15 +249,16 @@ class FFTConv(torch.autograd.Function):
             None if like is None else torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format)
             for like in (x, gate_in, gate_out)
         )
-        dk, d_skip, d_behind = convolve_backward(
-            grads[0], x, k, skip, behind, gate_in, gate_out, conv, spectra, ctx.size, dx, d_in, d_out
+        filters = Given(k)
+        d_skip, d_behind = convolve_backward(
+            grads[0], x, filters, skip, behind, gate_in, gate_out, conv, spectra, ctx.size, dx, d_in, d_out
         )
-        return (_turned(dx), dk, d_skip, d_behind, _turned(d_in), _turned(d_out), None)
+        return (_turned(dx), filters.dk, d_skip, d_behind, _turned(d_in), _turned(d_out), None)
 
 
 def convolve(
     x: Tensor,
-    k: Tensor,
+    filters: Filters,
     skip: Tensor | None,
     behind: Tensor | None,
     gate_in: Tensor | None,
@@ -239,16 +269,17 @@ def convolve(
     """Return the result, and for `convolve_backward` what stood before the gate and, where small, the spectra."""
     batch, length, width = x.shape
     step = _step(size, batch)
-    keeps = train and 8 * size * (batch + 1) * width // 2 <= _KEPT_BYTES
+    keeps = train and 4 * size * width <= _KEPT_BYTES
     y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
     conv = torch.empty_like(y) if train and gate_out is not None else None
     spectra: list[Tensor] = []
     for first in range(0, width, step):
         pairs = (min(step, width - first) + 1) // 2
-        z, w = _spectra(x, gate_in, k, behind, first, pairs, size)
+        z = torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
+        w = _filter_spectrum(filters, behind, first, min(step, width - first), length, size)
         if keeps:
-            spectra += [z, w]
-        product = torch.empty_like(z) if keeps else z
+            spectra.append(w)
+        product = z
         _multiply[(triton.cdiv(size // 2 + 1, _T), pairs, batch)](
             torch.view_as_real(z), torch.view_as_real(w), torch.view_as_real(product), size, 1 / size, T=_T
         )
@@ -266,7 +297,7 @@ def convolve(
 def convolve_backward(
     dy: Tensor,
     x: Tensor,
-    k: Tensor,
+    filters: Filters,
     skip: Tensor | None,
     behind: Tensor | None,
     gate_in: Tensor | None,
@@ -277,17 +308,22 @@ def convolve_backward(
     dx: Tensor,
     d_in: Tensor | None,
     d_out: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Write the gradients of x and the gates into (B, D, L) with the same strides; return those of the filters."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the gradients of x and the gates into (B, D, L) with the same strides; hand the filters theirs.
+
+    Returns:
+        Those of the skip and of the filters of what follows.
+    """
     batch, length, width = x.shape
     blocks, step = triton.cdiv(length, _T), _step(size, batch)
     d_skip = None if skip is None else torch.empty(batch, blocks, width, device=x.device)
-    dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
     d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
     spectra = list(spectra)
     for first in range(0, width, step):
         pairs = (min(step, width - first) + 1) // 2
-        z, w = (spectra.pop(0), spectra.pop(0)) if spectra else _spectra(x, gate_in, k, behind, first, pairs, size)
+        count = min(step, width - first)
+        z = torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
+        w = spectra.pop(0) if spectra else _filter_spectrum(filters, behind, first, count, length, size)
         d = torch.fft.fft(_packed(dy, gate_out, None, first, pairs, size))
         dw = torch.empty_like(w)
         _correlate[(triton.cdiv(size // 2 + 1, _T // 2), pairs)](
@@ -295,10 +331,13 @@ def convolve_backward(
         )
         del z, w
         dw = torch.fft.ifft(dw, norm="forward")
+        dk = torch.empty(count, length, device=x.device)
+        d_next = None if d_behind is None else d_behind[first : first + count]
         _unpack_filter[(blocks, pairs, 1)](
-            torch.view_as_real(dw), dk, d_behind, length, size, first, width, dk.stride(0),
-            0 if d_behind is None else d_behind.stride(0), HAS_BEHIND=behind is not None, T=_T,
+            torch.view_as_real(dw), dk, d_next, length, size, 0, count, length,
+            0 if d_next is None else d_next.stride(0), HAS_BEHIND=behind is not None, T=_T,
         )  # fmt: skip
+        filters.add(first, dk)
         del dw
         d = torch.fft.ifft(d, norm="forward")
         _finish_backward[(blocks, pairs, batch)](
@@ -306,7 +345,7 @@ def convolve_backward(
             first, width, *_steps(dy), *_steps(x), *_steps(gate_in), *_steps(gate_out), dx.stride(0), dx.stride(1),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
         )  # fmt: skip
-    return dk, None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
+    return None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
 
 
 def _step(size: int, batch: int) -> int:
@@ -318,12 +357,11 @@ def _turned(d_BDL: Tensor | None) -> Tensor | None:
     return None if d_BDL is None else d_BDL.transpose(1, 2)
 
 
-def _spectra(
-    x: Tensor, gate: Tensor | None, k: Tensor, behind: Tensor | None, first: int, pairs: int, size: int
-) -> tuple[Tensor, Tensor]:
-    """Return the transforms of a group's gated input and of its filters."""
-    z = torch.fft.fft(_packed(x, gate, None, first, pairs, size))
-    return z, torch.fft.fft(_packed(k[None].transpose(1, 2), None, behind, first, pairs, size, x.shape[1]))
+def _filter_spectrum(filters: Filters, behind: Tensor | None, first: int, count: int, length: int, size: int) -> Tensor:
+    """Return the transforms of a group's filters."""
+    taps = filters.rows(first, count)[None].transpose(1, 2)
+    after = None if behind is None else behind[first : first + count]
+    return torch.fft.fft(_packed(taps, None, after, 0, (count + 1) // 2, size, length))
 
 
 def _packed(
