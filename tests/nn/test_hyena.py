@@ -35,8 +35,8 @@ def test_changed_weights_change_the_kept_filter():
 
 @pytest.mark.parametrize("length", [50, 1500])
 def test_inference_in_pieces_equals_training(length, monkeypatch):
-    monkeypatch.setattr("genossm.nn.hyena._LONG", 1)
-    monkeypatch.setattr("genossm.nn.hyena._CHANNELS", 5)
+    monkeypatch.setattr("genossm.nn.hyena._LONG", {"cpu": 1})
+    monkeypatch.setattr("genossm.nn.hyena._CHANNELS", {"cpu": 5})
     model = HyenaDNAConfig(d_model=16, n_layer=2, max_length=1600).build().eval()
     ids = torch.randint(7, 11, (2, length))
     with torch.no_grad():

@@ -23,6 +23,7 @@ from genossm.ops.kernels.triton_parts import sigmoid, softplus
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
+_FALSE = tl.constexpr(False)
 
 
 @triton.jit
@@ -120,6 +121,7 @@ def edges(
     for i in range(0, T, U):
         raw = _several(dt_at, i, start, ends, dt_l, BACK, EVEN, T, U)
         values = _several(x_at, i, start, ends, x_l, BACK, EVEN, T, U)
+        gates = values
         if ADJOINT and HAS_Z:
             z_at = z + row * z_b + start * z_l + wide * z_e
             gates = _several(z_at, i, start, ends, z_l, BACK, EVEN, T, U)
@@ -198,6 +200,8 @@ def forward(
     for i in range(0, T, U):
         raw = _several(dt_at, i, start, ends, dt_l, REVERSE, EVEN, T, U)
         values = _several(u_at, i, start, ends, u_l, REVERSE, EVEN, T, U)
+        gates = values
+        others = values
         if HAS_Z:
             z_at = z + row * z_b + start * z_l + wide * z_e
             gates = _several(z_at, i, start, ends, z_l, REVERSE, EVEN, T, U)
@@ -255,7 +259,7 @@ def backward(
     # Steps after a position, and the sum of g b A over those from it on.
     rest = tl.zeros([BD], tl.float32)
     fed = tl.zeros([BD], tl.float32)
-    BACK: tl.constexpr = not REVERSE
+    BACK: tl.constexpr = REVERSE == _FALSE
     for i in range(0, T, U):
         raw = _several(dt_at, i, start, ends, dt_l, BACK, EVEN, T, U)
         inputs = _several(u_at, i, start, ends, u_l, BACK, EVEN, T, U)
