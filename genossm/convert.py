@@ -44,6 +44,9 @@ def convert(
 ) -> Converted:
     """Convert a checkpoint: `--to genossm`, `--to original` (back), `--to hf`, or a layout's name.
 
+    For example `genossm convert state-spaces/mamba-130m ours`, then `genossm convert ours back --to original`, or
+    `genossm convert ours shared --to hf`. A folder that is there is not replaced unless `--overwrite` is given.
+
     What came from a published file goes back to it bit for bit, key for key. `hf` is a folder that transformers opens
     with `trust_remote_code=True`, on a machine without genossm.
 
