@@ -257,6 +257,8 @@ def _trainer(
 
     values: dict[str, Any] = OmegaConf.to_container(config.trainer, resolve=True)  # type: ignore[assignment]
     values |= {"max_steps": steps, "val_check_interval": every}
+    # A short epoch is logged too.
+    values["log_every_n_steps"] = min(values["log_every_n_steps"], every)
     table = callbacks.MetricsTable(folder / "metrics.csv")
     saver = callbacks.Checkpointing(folder / "checkpoints", int(config.save_every), monitor, mode_of(monitor))
     chosen: list[Callback] = [callbacks.StopAtNaN(), saver, *instantiate(list(config.callbacks.values()))]

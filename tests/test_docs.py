@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from nbclient import NotebookClient
 
 from genossm.cli import FLAG_VERBS, HYDRA_VERBS
+from genossm.config import compose
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data" / "README.md"])
@@ -84,15 +86,16 @@ def commands() -> list[list[str]]:
     text = "\n".join(path.read_text() for path in DOCUMENTS)
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line.partition("  #")[0] for block in blocks for line in block.splitlines()]
-    return [line.split() for line in lines if re.match(r"genossm \w|python train\.py", line)]
+    return [shlex.split(line) for line in lines if re.match(r"genossm \w|python train\.py", line)]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_of_the_documents_name_what_there_is(words):
     verb, rest = ("train", words[2:]) if words[0] == "python" else (words[1], words[2:])
     if verb in HYDRA_VERBS:
-        for experiment in (word.partition("=")[2] for word in rest if word.startswith("experiment=")):
-            assert (ROOT / "conf" / "experiment" / f"{experiment}.yaml").exists()
+        # Of a sweep the first job.
+        given = [word.partition(",")[0] if "-m" in rest else word for word in rest if "=" in word]
+        compose(verb, [word for word in given if not word.startswith("hydra")])
         return
     assert verb in FLAG_VERBS
     known = inspect.signature(getattr(importlib.import_module(f"genossm.{verb}"), verb)).parameters
@@ -100,7 +103,7 @@ def test_commands_of_the_documents_name_what_there_is(words):
     assert set(flags) <= set(known)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/using.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/finetuning.md", "docs/using.md"])
 def test_examples_run(name, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
     script = tmp_path / "examples.py"
