@@ -2,14 +2,11 @@
 
 import logging
 import re
-import socket
 import sys
-import zipfile
 
 import pytest
 
 from genossm import cli
-from genossm.data import genomic_benchmarks
 
 SMALL = ["model.d_model=8", "model.n_layer=1", "model.max_length=32", "epochs=1", "trainer.accelerator=cpu"]
 GOOD = "sequence,label,split\n" + "".join(
@@ -69,10 +66,6 @@ def test_longer_than_the_context_goes_where_cropping_is_asked_for(monkeypatch, t
     assert list(tmp_path.glob("finetune/*/finished"))
 
 
-def benchmark(tmp_path, *words):
-    return ["train", "experiment=finetune", "data=genomic_benchmarks", f"data.cache={tmp_path / 'cache'}", *words]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -85,31 +78,3 @@ def benchmark(tmp_path, *words):
 )
 def test_unknown_tasks_and_providers_say_what_there_is(words, message, capsys, monkeypatch):
     assert message in refused(capsys, monkeypatch, "train", "experiment=finetune", *words)
-
-
-def served(monkeypatch, path):
-    monkeypatch.setattr(genomic_benchmarks, "ARCHIVE", f"file://{path}")
-
-
-def test_an_archive_that_is_damaged_another_or_reaches_out(capsys, monkeypatch, tmp_path):
-    archive = tmp_path / "task.zip"
-    words = benchmark(tmp_path, "data.providers=[archive]")
-    served(monkeypatch, archive)
-    archive.write_bytes(b"PK\x03\x04 cut off")
-    assert "is no readable archive" in refused(capsys, monkeypatch, *words)
-    assert "has the SHA-256" in refused(capsys, monkeypatch, *words, "data.sha256=" + "0" * 64)
-    with zipfile.ZipFile(archive, "w") as opened:
-        opened.writestr("../outside.txt", "ACGT")
-    again = [word.replace("cache", "cache2") if word.startswith("data.cache") else word for word in words]
-    assert "would leave its folder; nothing was unpacked" in refused(capsys, monkeypatch, *again)
-    assert not list(tmp_path.rglob("outside.txt"))
-
-
-def test_without_a_network_it_says_what_can_be_done(capsys, monkeypatch, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setattr(genomic_benchmarks, "ARCHIVE", f"https://127.0.0.1:{port}/task.zip")
-    found = refused(capsys, monkeypatch, *benchmark(tmp_path, "data.providers=[intervals,archive]"))
-    assert "give data.intervals" in found
-    assert "Without a network: fetch it elsewhere, put it at" in found
