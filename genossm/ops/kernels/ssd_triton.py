@@ -384,6 +384,8 @@ def _shape(x: Tensor, B: Tensor, reach: Tensor, met_BL: Tensor | None, reverse: 
             "Q": _CHUNK,
             "BP": max(16, triton.next_power_of_2(width)),
             "BN": min(64, max(16, triton.next_power_of_2(states))),
+            # Tiles that are loaded ahead of their turn would not fit a multiprocessor's shared memory.
+            "num_stages": 1,
         },
     )
 
