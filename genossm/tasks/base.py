@@ -1,6 +1,5 @@
 """What every task does: run a backbone on a batch, a loss for training, sums over the whole split for evaluation."""
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
@@ -15,7 +14,6 @@ from genossm.data.base import Batch
 from genossm.data.transforms import IGNORED, Objective
 from genossm.models.base import Backbone
 from genossm.optim import Optim
-from genossm.tasks import threads
 
 
 class Task(L.LightningModule, ABC):
@@ -85,24 +83,8 @@ class LanguageModel(Task):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the weighted mean loss in nats a target."""
-        counted_BL = batch["targets"] != IGNORED
-        weights_BL = batch.get("weights_BL")
-        total = counted_BL.sum() if weights_BL is None else weights_BL[counted_BL].sum()
-        total = total.clamp(min=1e-6)
-        rows = len(counted_BL)
-        count = threads.parts_for(self.model, rows, counted_BL.device)
-
-        def share(part: int) -> Tensor:
-            # The tensors of a batch all have one row a sequence.
-            own = slice(rows * part // count, rows * (part + 1) // count)
-            given = cast(Batch, {name: cast(Tensor, tensor)[own] for name, tensor in batch.items()})
-            nats_M, _, weights_M = self.losses(given, counted_BL[own])
-            return (nats_M * weights_M).sum() / total
-
-        if count == 1:
-            loss = share(0)
-        else:
-            loss = threads.summed([functools.partial(share, part) for part in range(count)], self)
+        nats_M, _, weights_M = self.losses(batch, batch["targets"] != IGNORED)
+        loss = (nats_M * weights_M).sum() / weights_M.sum().clamp(min=1e-6)
         self.log_dict({"train/loss": loss.detach(), "train/bits": loss.detach() / math.log(2)})
         return loss
 
