@@ -72,9 +72,7 @@ class Optim:
         groups: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0}]
         if self.optimizer == "adamw":
             groups.insert(0, {"params": decayed, "weight_decay": self.weight_decay})
-            return torch.optim.AdamW(
-                [g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=True
-            )
+            return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
         heads = {id(p) for name, p in module.named_parameters() if "lm_head" in name}
         matrices = [p for p in decayed if p.ndim == 2 and id(p) not in heads]
         others = [p for p in decayed if p.ndim != 2 or id(p) in heads]
@@ -82,7 +80,7 @@ class Optim:
             {"params": others, "weight_decay": self.weight_decay},
             {"params": matrices, "weight_decay": self.weight_decay, "lr": self.matrix_lr, "orthogonal": True},
         ]
-        return Muon([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return Muon([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
 
 
 class Muon(torch.optim.AdamW):

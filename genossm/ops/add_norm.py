@@ -47,11 +47,12 @@ def add_norm(
     """
     if x_BLD.dtype == torch.float64 or (x_BLD.device.type != "cuda" and not backend.triton_interpreted()):
         return _plain(x_BLD, y_BLD, weight_D, bias_D, eps, rms)
-    if backend.choose("add_norm", x_BLD.device, ["triton", "numba", "torch", "reference"]).name != "triton":
-        return _plain(x_BLD, y_BLD, weight_D, bias_D, eps, rms)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BLD.dtype
-    kernels = importlib.import_module("genossm.ops.kernels.add_norm_triton")
-    return kernels.AddNorm.apply(x_BLD, y_BLD, weight_D, bias_D, eps, rms, dtype)
+    chosen = backend.choose("add_norm", x_BLD.device, ["triton", "numba", "torch", "reference"]).name
+    if chosen == "triton":
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BLD.dtype
+        kernels = importlib.import_module("genossm.ops.kernels.add_norm_triton")
+        return kernels.AddNorm.apply(x_BLD, y_BLD, weight_D, bias_D, eps, rms, dtype)
+    return _plain(x_BLD, y_BLD, weight_D, bias_D, eps, rms)
 
 
 def _plain(

@@ -91,7 +91,8 @@ def hyena_conv(
     taps = k_DL.shape[1] if isinstance(k_DL, Tensor) else k_DL.h_FL.shape[1]
     if taps < u_BLC.shape[1]:
         raise ValueError(f"The filter has {taps} taps, the sequence {u_BLC.shape[1]}; a filter must cover it.")
-    if implicit is not None and _on_gpu(u_BLC):
+    best = choose("hyena_conv", u_BLC.device, ["triton", "numba", "torch", "reference"]).name
+    if best == "triton" and implicit is not None and u_BLC.dtype != torch.float64:
         kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
         size = gpu_size(2 * u_BLC.shape[1] - 1)
         return kernels.ImplicitHyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, *implicit, size)
@@ -112,12 +113,6 @@ def hyena_conv(
         return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, k_DL, gpu_size(2 * u_BLC.shape[1] - 1))
     x0_BLD, x1_BLD, v_BLD = causal_conv1d(u_BLC, w_CW, bias_C).chunk(3, dim=-1)
     return fftconv(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)
-
-
-def _on_gpu(u_BLC: Tensor) -> bool:
-    """Tell whether the kernels of a GPU run."""
-    offered = ("triton", "numba", "torch", "reference")
-    return u_BLC.dtype != torch.float64 and choose("hyena_conv", u_BLC.device, offered).name == "triton"
 
 
 class _HyenaConv(torch.autograd.Function):
