@@ -74,7 +74,7 @@ class Effects:
                 "method llr needs a language-model head, but this is a fine-tuned classifier, whose own was not trained"
                 " further. Use head, l2 or cosine, or the pretrained model."
             )
-        if classifier is not None and classifier.head.config.pooling == "none":
+        if classifier is not None and classifier.head.config.along:
             raise ValueError("This fine-tuned model answers each position; method head needs one answer a sequence.")
         if ready.tokenizer.bases_per_token != 1 and "llr" in methods:
             raise ValueError("method llr needs a model with one token a base. Use l2 or cosine.")

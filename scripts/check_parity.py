@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from genossm import published, source
 from genossm.layouts.base import Layout
+from genossm.layouts.hyenadna import POOLINGS
 from genossm.models.base import Backbone
 from genossm.nn.attention import Attention
-from genossm.nn.head import DECODER_MODES, SequenceDecoder, SequenceHead, pool
+from genossm.nn.head import HEAD_POOLINGS, SequenceHead, pool
 from genossm.nn.hyena import HyenaOperator
 from genossm.ops.modal_conv import modal_filter
 
@@ -53,7 +54,12 @@ class Case:
         meta = folder / "meta.json"
         self.meta: dict[str, Any] = json.loads(meta.read_text()) if meta.is_file() else {}
         # What the official classes take beside their config.
-        imported = published.read(source.find(folder), pooling=self.meta.get("pooling_strategy"))
+        told = dict(re.findall(r"\b(mode|l_output)=(\w+)", str(self.meta.get("head", ""))))
+        pooling = self.meta.get("pooling_strategy") or POOLINGS.get(told.get("mode", ""))
+        imported = published.read(source.find(folder), pooling=pooling)
+        if imported.classifier is not None and told.get("l_output", "0").isdigit() and pooling != "none":
+            head = imported.classifier.head
+            head.config = dataclasses.replace(head.config, positions=int(told.get("l_output", "0")))
         self.layout: Layout = published.layouts()[imported.origin.layout]
         self.config = imported.origin.config
         self.backbone: Backbone = imported.backbone
@@ -271,15 +277,13 @@ def check_head_modes(case: Case) -> None:
     for name in [n for n in case.io if re.fullmatch(r"(logits|head)/\w+", n)]:
         mode = name.partition("/")[2]
         with torch.no_grad():
-            if mode in ("mean", "max"):
+            pooling = POOLINGS.get(mode, mode)
+            if pooling in HEAD_POOLINGS and pooling != "attention":
                 rows = [case.backbone(x) for x in (ids.unbind(-1) if ids.ndim == 3 else [ids])]
-                other = SequenceHead(case.backbone.d_output, dataclasses.replace(head.config, pooling=mode)).eval()
-                other.out = head.out
+                shape = dataclasses.replace(head.config, pooling=pooling, pad_id=None, positions=0)
+                other = SequenceHead(case.backbone.d_output, shape).eval()
+                other.dense, other.out = head.dense, head.out
                 case.compare(name, torch.stack([other(x) for x in rows]).mean(0))
-            elif mode in DECODER_MODES and mode != "ragged":
-                decoder = SequenceDecoder(case.backbone.d_output, head.config.n_outputs, mode)
-                decoder.output_transform = head.out
-                case.compare(name, decoder(case.backbone(ids)))
 
 
 def check_loss(case: Case) -> None:

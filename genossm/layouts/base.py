@@ -224,6 +224,25 @@ def label_keys(head: HeadConfig | None) -> dict[str, Any]:
     return {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
 
 
+def check_export(head: HeadConfig, poolings: Iterable[str], **shape: Any) -> None:
+    """Refuse a head that a layout has no way to write.
+
+    Args:
+        head: the head.
+        poolings: what the published one can do.
+        shape: other values of `HeadConfig` that it has.
+
+    Raises:
+        ValueError: the head is another; the message names the value.
+    """
+    allowed = {"pooling": tuple(poolings), "strands": (1,), "bin": (1,), "hidden": (False,), "positions": (0,)}
+    allowed |= {key: (value,) for key, value in shape.items()}
+    for key, choices in allowed.items():
+        if getattr(head, key) not in choices:
+            shown = " or ".join(repr(choice) for choice in choices)
+            raise ValueError(f"The head of this layout has {key}={shown}; the model's has {getattr(head, key)!r}.")
+
+
 class Layout(ABC):
     """One published layout of one backbone; stateless."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genossm.layouts.base import Layout, PublishedConfig, label_keys, labelled
+from genossm.layouts.base import Layout, PublishedConfig, check_export, label_keys, labelled
 from genossm.layouts.mamba import MIXER, first_generation
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.caduceus import CaduceusConfig
@@ -102,6 +102,8 @@ class CaduceusPh(Layout):
         config = backbone.config
         if config.rcps != self.rcps:
             raise ValueError(f"Layout {self.name} has rcps={self.rcps}; the model has rcps={config.rcps}.")
+        if head is not None:
+            check_export(head, ["mean", "max", "first", "last"], bias=False, strands=2 if self.rcps else 1)
         ssm = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
         names = ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "rms_norm", "norm_epsilon")
         ways = ("fused_add_norm", "bidirectional", "bidirectional_strategy", "bidirectional_weight_tie", "rcps")

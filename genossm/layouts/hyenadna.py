@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from genossm.layouts.base import Layout, PublishedConfig, label_keys, labelled
+from genossm.layouts.base import Layout, PublishedConfig, check_export, label_keys, labelled
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.nn.head import HeadConfig
@@ -17,8 +17,8 @@ from genossm.nn.hyena import decays
 
 logger = logging.getLogger(__name__)
 
-_POOLINGS = {"pool": "mean", "last": "last", "first": "first", "sum": "sum"}
-"""Modes of the published head that give one answer a sequence, and what we call them."""
+POOLINGS = {"pool": "mean", "last": "last", "first": "first", "sum": "sum", "ragged": "none"}
+"""Modes of the published head, and what we call them; "ragged" answers every position."""
 _PREFIX, _SPREAD = 1024, 33
 """Positions from the start, and spread over the rest, at which a long table is compared with its formula."""
 _ULPS = 2e-6
@@ -206,6 +206,8 @@ class HyenaDNAHuggingFace(_HyenaDNALayout):
                 f" has layer_norm_eps={config.layer_norm_eps}, modulate={config.modulate}, shift={config.shift}."
             )
         labels = label_keys(head)
+        if head is not None:
+            check_export(head, ["last"], bias=False)
         return {
             "model_type": "hyenadna",
             "architectures": ["HyenaDNAForCausalLM" if head is None else "HyenaDNAForSequenceClassification"],
@@ -334,13 +336,16 @@ class HyenaDNAOriginal(_HyenaDNALayout):
     def read_head(self, config: PublishedConfig, tensors: Mapping[str, Tensor]) -> HeadConfig | None:
         decoder = config.section("decoder")
         decoder.require("_name_", ["sequence"], "sequence")
-        decoder.require("l_output", [0], 0)
-        decoder.require("use_lengths", [False], False)
-        mode = decoder.require("mode", [*_POOLINGS], "pool")
+        mode = decoder.require("mode", [*POOLINGS], "pool")
+        ragged = mode == "ragged"
+        # Rows with lengths are always cut to their real positions here, and rows without are whole.
+        decoder.require("use_lengths", [False] if ragged else [False, True], False)
+        positions = decoder.whole_or_none("l_output", least=int(ragged)) if "l_output" in decoder.values else 0
         decoder.finish()
         for name, tensor in tensors.items():
             if ".output_transform." in name and tensor.ndim:
-                return HeadConfig(n_outputs=tensor.shape[0], pooling=_POOLINGS[mode])
+                shape = {"n_outputs": tensor.shape[0], "pooling": POOLINGS[mode]}
+                return HeadConfig(**shape, positions=0 if ragged else positions)
         return None
 
     def write_config(self, backbone: Backbone, head: HeadConfig | None) -> dict[str, Any]:
@@ -359,7 +364,7 @@ class HyenaDNAOriginal(_HyenaDNALayout):
             "residual_in_fp32": True,
             "checkpoint_mixer": False,
             "checkpoint_mlp": False,
-            **({} if head is None else {"decoder": {"_name_": "sequence", "mode": _mode_of(head), "l_output": 0}}),
+            **({} if head is None else {"decoder": _decoder_of(head)}),
             "layer": {
                 "_name_": "hyena",
                 "l_max": config.max_length,
@@ -385,8 +390,13 @@ def _check_exportable(config: HyenaDNAConfig, any_order: bool = False) -> None:
         )
 
 
-def _mode_of(head: HeadConfig) -> str:
-    for mode, pooling in _POOLINGS.items():
-        if pooling == head.pooling:
-            return mode
-    raise ValueError(f"The published head pools by {', '.join(_POOLINGS)}; this one has pooling={head.pooling!r}.")
+def _decoder_of(head: HeadConfig) -> dict[str, Any]:
+    """Return what the fine-tuning code calls a head.
+
+    Raises:
+        ValueError: its head can't do that.
+    """
+    check_export(head, POOLINGS.values(), positions=head.positions, bias=True)
+    mode = {pooling: mode for mode, pooling in POOLINGS.items()}[head.pooling]
+    positions = None if mode == "ragged" else head.positions
+    return {"_name_": "sequence", "mode": mode, "l_output": positions, "use_lengths": False}

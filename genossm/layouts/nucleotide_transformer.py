@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from genossm.layouts.base import Layout, PublishedConfig, label_keys, labelled
+from genossm.layouts.base import Layout, PublishedConfig, check_export, label_keys, labelled
 from genossm.models.base import Backbone, BackboneConfig
 from genossm.models.nucleotide_transformer import NucleotideTransformerConfig
 from genossm.nn.head import HeadConfig
@@ -121,6 +121,7 @@ class EsmLayout(Layout):
         config = backbone.config
         architecture = "EsmForMaskedLM" if config.with_lm_head else "EsmModel"
         if head is not None:
+            check_export(head, ["first", "none"], hidden=head.pooling == "first", bias=True)
             architecture = f"EsmFor{'Token' if head.pooling == 'none' else 'Sequence'}Classification"
         return {
             "model_type": "esm",

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
         """
         if ids_BLS.ndim == 2:
             return self.answer(ids_BLS, lengths_B)
-        if self.head.config.pooling == "none":
+        if self.head.config.along:
             raise ValueError("A head that answers each position takes one strand; average the two outside.")
         strands = [self.answer(ids_BL, lengths_B) for ids_BL in ids_BLS.unbind(-1)]
         return torch.stack(strands).mean(0)

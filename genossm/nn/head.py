@@ -12,7 +12,8 @@ HEAD_POOLINGS = (*POOLINGS, "attention", "none")
 """What a head may do besides: weigh the positions by a learned score, or answer each position."""
 CENTER = 4
 """Positions on each side of the middle of a row that "center" averages."""
-DECODER_MODES = ("last", "first", "pool", "sum", "ragged")
+POSITIONAL = ("mean", "sum", "first", "last")
+"""Poolings that can answer several positions, where "mean" and "sum" run along the row."""
 
 
 def pool(x_BLD: Tensor, mode: str, lengths_B: Tensor | None = None) -> Tensor:
@@ -49,6 +50,39 @@ def pool(x_BLD: Tensor, mode: str, lengths_B: Tensor | None = None) -> Tensor:
     return total_BD if mode == "sum" else total_BD / lengths_B[:, None].to(x_BLD.dtype)
 
 
+def running(x_BLD: Tensor, mode: str, positions: int | None, lengths_B: Tensor | None = None) -> Tensor:
+    """Return the vectors of several positions: the first or last ones of each row, as they are or run up to there.
+
+    Args:
+        x_BLD: hidden states.
+        mode: one of `POSITIONAL`; "mean" and "sum" are of all positions up to each one.
+        positions: P, how many; None: all L, in which nothing is cut for padding.
+        lengths_B: number of real positions of each row, on the left; None: all are real.
+
+    Returns:
+        x_BPD.
+
+    Raises:
+        ValueError: a row has fewer than P positions.
+    """
+    index_L = torch.arange(x_BLD.shape[1], device=x_BLD.device)
+    if mode in ("mean", "sum"):
+        x_BLD = x_BLD.cumsum(1)
+    if mode == "mean":
+        x_BLD = x_BLD / (index_L + 1)[:, None].to(x_BLD.dtype)
+    if positions is None:
+        return x_BLD
+    shortest = x_BLD.shape[1] if lengths_B is None else int(lengths_B.min())
+    if shortest < positions:
+        raise ValueError(f"This head answers {positions} positions of a row; the shortest row has {shortest}.")
+    if mode == "first":
+        return x_BLD[:, :positions]
+    if lengths_B is None:
+        return x_BLD[:, -positions:]
+    index_BP = lengths_B.long()[:, None] - positions + index_L[:positions]
+    return x_BLD.gather(1, index_BP[..., None].expand(-1, -1, x_BLD.shape[-1]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """The shape of a sequence head; its values are written to config.json.
@@ -75,6 +109,9 @@ class HeadConfig:
     """What is predicted: the kind of the target that the head was trained on."""
     names: tuple[str, ...] = ()
     """Names of the answers, in their order."""
+    positions: int | None = 0
+    """How many positions to answer, counted from the end ("first": from the start), with running means and sums: the
+    `l_output` of the published fine-tuning code of HyenaDNA. 0: one answer, without an axis; None: every position."""
     pad_id: int | None = None
     """Where set, a row ends before its first such id, or at its end if it has none or begins with one, and padding
     masks are not looked at (what the published HyenaDNA classifier does)."""
@@ -86,12 +123,24 @@ class HeadConfig:
             raise ValueError(f"pooling must be one of {', '.join(HEAD_POOLINGS)}; got {self.pooling!r}.")
         if self.bin < 1 or (self.bin > 1 and self.pooling != "none"):
             raise ValueError(f"bin must be at least 1, and 1 unless pooling is none; got {self.bin}.")
+        if self.positions != 0 and (self.pooling not in POSITIONAL or self.strands > 1):
+            raise ValueError(
+                f"positions must be 0 unless pooling is one of {', '.join(POSITIONAL)} on one strand; got"
+                f" {self.positions}."
+            )
+        if self.positions is not None and self.positions < 0:
+            raise ValueError(f"positions must be at least 0, or none for all; got {self.positions}.")
         if self.names and len(self.names) != self.n_outputs:
             raise ValueError(f"{self.n_outputs} outputs can't have {len(self.names)} names.")
         if self.strands not in (1, 2):
             raise ValueError(f"strands must be 1 or 2; got {self.strands}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}.")
+
+    @property
+    def along(self) -> bool:
+        """Whether it answers positions, not the sequence."""
+        return self.pooling == "none" or self.positions != 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for config.json."""
@@ -135,8 +184,11 @@ class SequenceHead(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Return y_BC of hidden states, or y_BPC where `pooling` is "none"; padding, told by `lengths_B`, is never
-        looked at.
+        """Return y_BC of hidden states, or y_BPC where several positions are answered; padding, told by `lengths_B`, is
+        never looked at.
+
+        Raises:
+            ValueError: a row has fewer positions than the head answers.
         """
         if self.config.strands == 1:
             return self.answer(self.pool(x_BLD, self.config.pooling, lengths_B))
@@ -147,7 +199,9 @@ class SequenceHead(nn.Module):
         return (forward_BC + self.answer(self.pool(reverse_BLD.flip(-1), mirrored, lengths_B))) / 2
 
     def pool(self, x_BLD: Tensor, mode: str, lengths_B: Tensor | None) -> Tensor:
-        """Return x_BD, or x_BPD of the bins where `mode` is "none"."""
+        """Return x_BD, or x_BPD of the bins or positions that are answered."""
+        if self.config.positions != 0:
+            return running(x_BLD, mode, self.config.positions, lengths_B)
         if mode == "none":
             width = self.config.bin
             return x_BLD if width == 1 else x_BLD.unflatten(1, (-1, width)).mean(2)
@@ -165,66 +219,3 @@ class SequenceHead(nn.Module):
         if self.dense is not None:
             x_BD = self.dropout(torch.tanh(self.dense(x_BD)))
         return self.out(x_BD)
-
-
-class SequenceDecoder(nn.Module):
-    """The head of the published HyenaDNA fine-tuning code, with its treatment of padding.
-
-    Args:
-        d_output: width of the hidden states.
-        n_outputs: answers C.
-        mode: `last`, `first` and `ragged` keep positions; `pool` takes running means, `sum` running sums.
-        positions: how many positions to answer, counted from the end (`first`: from the start); 0 answers one and
-            drops the axis of positions; None answers all.
-        use_lengths: look at the real part of each row alone.
-
-    Raises:
-        ValueError: there is no such mode.
-    """
-
-    def __init__(
-        self, d_output: int, n_outputs: int, mode: str = "pool", positions: int | None = 0, use_lengths: bool = False
-    ):
-        super().__init__()
-        if mode not in DECODER_MODES:
-            raise ValueError(f"mode must be one of {', '.join(DECODER_MODES)}; got {mode!r}.")
-        if mode == "ragged" and use_lengths:
-            raise ValueError("mode 'ragged' keeps the longest row's positions of every row; it takes no use_lengths.")
-        self.mode, self.positions, self.use_lengths = mode, positions, use_lengths
-        self.output_transform = nn.Linear(d_output, n_outputs)
-
-    def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None, mask_BL: Tensor | None = None) -> Tensor:
-        """Return y_BPC of P positions, or y_BC where `positions` is 0.
-
-        Raises:
-            ValueError: lengths are needed and not given.
-        """
-        if (self.use_lengths or self.mode == "ragged") and lengths_B is None:
-            raise ValueError("This head needs the lengths of the rows; give lengths_B.")
-        if self.mode == "ragged":
-            assert lengths_B is not None
-            x_BPD = x_BLD[:, : int(lengths_B.max())]
-        elif self.use_lengths:
-            assert lengths_B is not None
-            rows = [self._restrict(x_LD[:length]) for x_LD, length in zip(x_BLD, lengths_B.tolist(), strict=True)]
-            x_BPD = torch.stack(rows)
-        elif self.mode == "pool" and mask_BL is not None:
-            # The published code takes the running mean at the last real position, which is right for right padding.
-            x_BPD = pool(x_BLD, "mean", mask_BL.sum(1))[:, None]
-        else:
-            x_BPD = self._restrict(x_BLD)
-        if self.positions == 0:
-            x_BPD = x_BPD[:, 0]
-        return self.output_transform(x_BPD)
-
-    def _restrict(self, x_LD: Tensor) -> Tensor:
-        length = x_LD.shape[-2]
-        kept = length if self.positions is None else max(1, self.positions)
-        if self.mode == "first":
-            return x_LD[..., :kept, :]
-        if self.mode == "last":
-            return x_LD[..., length - kept :, :]
-        total_LD = x_LD.cumsum(-2)
-        if self.mode == "pool":
-            total_LD = total_LD / torch.arange(1, length + 1, device=x_LD.device, dtype=x_LD.dtype)[:, None]
-        return total_LD[..., length - kept :, :]

@@ -9,6 +9,11 @@ import torch
 
 from genossm import published, source
 from genossm.layouts.base import PublishedConfig
+from genossm.models.caduceus import CaduceusConfig
+from genossm.models.classifier import Classifier
+from genossm.models.hyenadna import HyenaDNAConfig
+from genossm.models.nucleotide_transformer import NucleotideTransformerConfig
+from genossm.nn.head import HeadConfig
 from layouts.written import InMemory
 
 PARITY = Path(__file__).parent.parent / "data" / "parity"
@@ -149,3 +154,20 @@ def test_names_of_labels_are_kept_in_the_order_of_their_ids():
     assert named.labels[10] == "k"
     with pytest.raises(ValueError, match="id2label must be a name for each id"):
         PublishedConfig({"id2label": {"0": "a", "2": "b"}}, "a file").labels  # noqa: B018
+
+
+HEADS = [
+    ("hyenadna-hf", HyenaDNAConfig(d_model=8, n_layer=1), {"pooling": "mean", "bias": False}, "pooling='last'"),
+    ("hyenadna-hf", HyenaDNAConfig(d_model=8, n_layer=1), {"pooling": "last"}, "bias=False"),
+    ("hyenadna", HyenaDNAConfig(d_model=8, n_layer=1), {"pooling": "max"}, "'max'"),
+    ("caduceus-ph", CaduceusConfig(d_model=8, n_layer=1), {"pooling": "center", "bias": False}, "'center'"),
+    ("caduceus-ps", CaduceusConfig(d_model=8, n_layer=1, rcps=True), {"bias": False}, "strands=2"),
+    ("esm", NucleotideTransformerConfig(d_model=8, n_layer=1, n_head=2, d_inner=8), {"pooling": "mean"}, "'first'"),
+    ("esm", NucleotideTransformerConfig(d_model=8, n_layer=1, n_head=2, d_inner=8), {"pooling": "first"}, "hidden"),
+]
+
+
+@pytest.mark.parametrize(("layout", "shape", "head", "message"), HEADS)
+def test_a_head_that_a_layout_cannot_write_is_refused(layout, shape, head, message):
+    with pytest.raises(ValueError, match=f"The head of this layout has .*{re.escape(message)}"):
+        published.write(Classifier(shape.build(), HeadConfig(n_outputs=2, **head)), layout)

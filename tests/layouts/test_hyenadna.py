@@ -73,6 +73,38 @@ def test_heads_pool_as_the_published_decoder_does(name, mode):
     assert again["decoder"]["mode"] == mode
 
 
+@pytest.mark.parametrize(("mode", "l_output"), [("pool", 3), ("last", 2), ("first", 2), ("sum", 4), ("ragged", None)])
+def test_heads_answer_several_positions_as_the_published_decoder_does(mode, l_output):
+    config, tensors, _ = written(HyenaDNAConfig(**SMALL), "hyenadna", HeadConfig(n_outputs=3))
+    decoder = {"_name_": "sequence", "mode": mode, "l_output": l_output, "use_lengths": False}
+    imported = published.read(InMemory({**config, "decoder": decoder}, tensors))
+    ids = ids_of(21)
+    x = hyenadna(below(tensors, "model.backbone."), config, ids[0])
+    upto = torch.arange(1, 22).double()[:, None]
+    x = {"pool": x.cumsum(0) / upto, "sum": x.cumsum(0)}.get(mode, x)
+    x = x[:l_output] if mode in ("first", "ragged") else x[-l_output:]
+    W = below(tensors, "head.output_transform.")
+    close(imported.classifier(ids)[0], x @ W["weight"].T + W["bias"])
+    assert published.write(imported.classifier, "hyenadna")[0]["decoder"] == decoder
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ({"mode": "max"}, "mode='max'"),
+        ({"mode": "ragged", "use_lengths": True}, "use_lengths=True"),
+        ({"mode": "ragged", "l_output": 0}, "l_output must be a whole number of at least 1"),
+        ({"l_output": "all"}, "l_output must be"),
+        ({"_name_": "retrieval"}, "_name_='retrieval'"),
+        ({"surprise": 1}, "unknown keys: surprise"),
+    ],
+)
+def test_a_head_that_is_not_the_published_one_is_refused(decoder, message):
+    config, tensors, _ = written(HyenaDNAConfig(**SMALL, vocab_size=12), "hyenadna", HeadConfig(n_outputs=3))
+    with pytest.raises(ValueError, match=message):
+        published.read(InMemory({**config, "decoder": decoder}, tensors))
+
+
 def test_recomputed_modules_have_another_name_for_the_same_tensors():
     config, tensors, imported = written(HyenaDNAConfig(**SMALL), "hyenadna")
     renamed = {re.sub(r"\.(mixer|mlp)\.", r".\1.layer.", name): t for name, t in tensors.items()}

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from genossm.nn.head import DECODER_MODES, POOLINGS, HeadConfig, SequenceDecoder, SequenceHead, pool
+from genossm.nn.head import POOLINGS, POSITIONAL, HeadConfig, SequenceHead, pool
 
 
 @pytest.mark.parametrize("mode", POOLINGS)
@@ -31,39 +31,23 @@ def test_hidden_layer_and_bias_are_what_the_config_says():
     torch.testing.assert_close(head(x), expected)
 
 
-@pytest.mark.parametrize("mode", DECODER_MODES)
-def test_decoder_modes(mode):
+@pytest.mark.parametrize("mode", POSITIONAL)
+def test_several_positions_are_answered_from_the_real_end(mode):
     x, lengths = torch.randn(2, 6, 4), torch.tensor([5, 3])
-    decoder = SequenceDecoder(4, 2, mode, positions=None if mode == "ragged" else 0)
-    weight, bias = decoder.output_transform.weight, decoder.output_transform.bias
-    expected = {
-        "last": x[:, -1],
-        "first": x[:, 0],
-        "pool": x.mean(1),
-        "sum": x.sum(1),
-        "ragged": x[:, :5],
-    }[mode]
-    torch.testing.assert_close(decoder(x, lengths), expected @ weight.T + bias)
-
-
-def test_decoder_answers_the_last_positions_with_running_means():
-    x = torch.randn(1, 6, 4)
-    decoder = SequenceDecoder(4, 2, "pool", positions=2)
-    expected = decoder.output_transform(torch.stack([x[:, :5].mean(1), x.mean(1)], 1))
-    torch.testing.assert_close(decoder(x), expected)
-
-
-def test_decoder_looks_at_real_positions_where_told():
-    x, lengths = torch.randn(2, 6, 4), torch.tensor([5, 3])
-    decoder = SequenceDecoder(4, 2, "sum", use_lengths=True)
-    expected = decoder.output_transform(torch.stack([x[0, :5].sum(0), x[1, :3].sum(0)]))
-    torch.testing.assert_close(decoder(x, lengths), expected)
-    masked = SequenceDecoder(4, 2, "pool")
-    mask = torch.arange(6) < lengths[:, None]
-    expected = masked.output_transform(torch.stack([x[0, :5].mean(0), x[1, :3].mean(0)]))
-    torch.testing.assert_close(masked(x, mask_BL=mask), expected)
-    with pytest.raises(ValueError, match="needs the lengths"):
-        decoder(x)
+    of = {"mean": lambda v: v.mean(0), "sum": lambda v: v.sum(0), "last": lambda v: v[-1], "first": lambda v: v[-1]}[
+        mode
+    ]
+    for given in (None, lengths):
+        head = SequenceHead(4, HeadConfig(n_outputs=2, pooling=mode, positions=2))
+        ends = [6, 6] if given is None else given.tolist()
+        stops = [(1, 2) if mode == "first" else (end - 1, end) for end in ends]
+        rows = [torch.stack([of(row[:stop]) for stop in pair]) for row, pair in zip(x, stops, strict=True)]
+        torch.testing.assert_close(head(x, given), head.out(torch.stack(rows)))
+    every = SequenceHead(4, HeadConfig(n_outputs=2, pooling=mode, positions=None))
+    expected = torch.stack([of(x[0, : stop + 1]) for stop in range(6)])
+    torch.testing.assert_close(every(x)[0], every.out(expected))
+    with pytest.raises(ValueError, match="answers 4 positions of a row; the shortest row has 3"):
+        SequenceHead(4, HeadConfig(n_outputs=2, pooling=mode, positions=4))(x, lengths)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +56,8 @@ def test_decoder_looks_at_real_positions_where_told():
         ({"n_outputs": 0}, "at least 1"),
         ({"n_outputs": 2, "pooling": "median"}, "one of mean"),
         ({"n_outputs": 2, "strands": 3}, "1 or 2"),
+        ({"n_outputs": 2, "pooling": "max", "positions": 2}, "unless pooling is one of mean"),
+        ({"n_outputs": 2, "positions": -1}, "at least 0"),
     ],
 )
 def test_impossible_heads_are_refused(values, message):
