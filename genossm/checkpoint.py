@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 import genossm
 from genossm import published
+from genossm.files import write_folder_atomically
 from genossm.models.base import Backbone, config_from_dict
 from genossm.models.classifier import Classifier
 from genossm.nn.head import HeadConfig
@@ -40,28 +39,19 @@ def save(model: Backbone | Classifier, folder: str | Path, notes: dict[str, Any]
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        backbone = model.backbone if isinstance(model, Classifier) else model
-        tensors = backbone.state_dict()
-        values = backbone.config.to_dict()
-        if isinstance(model, Classifier):
-            values[HEAD] = model.head.config.to_dict()
-            tensors |= {f"{HEAD}.{name}": tensor for name, tensor in model.head.state_dict().items()}
-        values |= {"genossm_version": genossm.__version__, "notes": notes or {}}
+    backbone = model.backbone if isinstance(model, Classifier) else model
+    tensors = backbone.state_dict()
+    values = backbone.config.to_dict()
+    if isinstance(model, Classifier):
+        values[HEAD] = model.head.config.to_dict()
+        tensors |= {f"{HEAD}.{name}": tensor for name, tensor in model.head.state_dict().items()}
+    values |= {"genossm_version": genossm.__version__, "notes": notes or {}}
+
+    def write(temporary: Path) -> None:
         (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         save_file(_distinct(tensors), temporary / WEIGHTS, metadata={"format": "pt"})
-        temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(f"{temporary.name}.old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    write_folder_atomically(folder, write)
     return folder
 
 

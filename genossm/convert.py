@@ -1,8 +1,8 @@
 """`genossm convert`: published checkpoints to ours and back, and ours to folders that transformers opens."""
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +10,11 @@ import typer
 from torch import Tensor
 
 from genossm import checkpoint, published
-from genossm.files import write_atomically
+from genossm.files import write_folder_atomically
 from genossm.models.base import Backbone
 from genossm.models.classifier import Classifier
 from genossm.published import Origin
-from genossm.source import find
+from genossm.source import find, read_file
 
 ORIGIN, KEPT = "origin.json", "origin.safetensors"
 """What a converted folder remembers of the published file, so that the way back gives the same file."""
@@ -28,6 +28,8 @@ class Converted:
     layout: str
     tensors: int
     parameters: int
+    written: bool
+    """False after a dry run."""
 
     def summary(self) -> dict[str, Any]:
         """Return plain values, for printing."""
@@ -41,11 +43,13 @@ def convert(
     to: str = "genossm",
     revision: str | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Converted:
     """Convert a checkpoint: `--to genossm`, `--to original` (back), `--to hf`, or a layout's name.
 
     For example `genossm convert state-spaces/mamba-130m ours`, then `genossm convert ours back --to original`, or
-    `genossm convert ours shared --to hf`. A folder that is there is not replaced unless `--overwrite` is given.
+    `genossm convert ours shared --to hf`. A folder that is there is not replaced unless `--overwrite` is given; it is
+    written whole or not at all. `--dry-run` says what would be written.
 
     What came from a published file goes back to it bit for bit, key for key. `hf` is a folder that transformers opens
     with `trust_remote_code=True`, on a machine without genossm.
@@ -55,36 +59,47 @@ def convert(
         target: the folder to write.
         to: "genossm", "original", "hf", or one of `genossm.published.layouts()`.
         revision: a branch, tag or commit of a hub id.
-        overwrite: replace the folder if it is there.
+        overwrite: replace the folder if it is there and holds a model.
+        dry_run: read the source and check that it can be written, but write nothing.
 
     Returns:
         What was written.
 
     Raises:
         FileNotFoundError: there is no such source.
-        ValueError: the target is there, or the layout can't hold the model.
+        ValueError: the target is there, or holds something else than a model, or the layout can't hold the model.
     """
     folder = Path(target)
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} is there already; choose another folder or give --overwrite.")
+    _check_target(folder, overwrite)
     model, origin = _open(source, revision)
     if to == "original":
         if origin is None:
             raise ValueError(f"{source} did not come from a published file; name a layout instead of 'original'.")
         to = origin.layout
     if to == "genossm":
-        _write_ours(model, origin, source, folder)
-        tensors = len(model.state_dict())
+        count, write = len(model.state_dict()), partial(_write_ours, model, origin, source)
     elif to == "hf":
-        from genossm.huggingface import write_folder
+        from genossm import huggingface
 
-        tensors = write_folder(model, folder, _notes(source))
+        notes = _notes(source, origin)
+        count, write = len(huggingface.named_tensors(model)), partial(huggingface.write_files, model, notes)
     else:
         config, named = published.write(model, to, origin)
-        _write_published(config, named, folder)
-        tensors = len(named)
+        count, write = len(named), partial(_write_published, config, named)
+    if not dry_run:
+        write_folder_atomically(folder, write)
     backbone = model.backbone if isinstance(model, Classifier) else model
-    return Converted(str(folder), to, tensors, backbone.num_parameters())
+    return Converted(str(folder), to, count, backbone.num_parameters(), not dry_run)
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Refuse a target that is there, or that holds something else than a model."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} is there already; choose another folder or give --overwrite.")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / checkpoint.CONFIG).is_file()):
+        raise ValueError(f"{folder} holds no model, so it is not replaced; choose another folder.")
 
 
 def _open(source: str, revision: str | None) -> tuple[Backbone | Classifier, Origin | None]:
@@ -93,30 +108,43 @@ def _open(source: str, revision: str | None) -> tuple[Backbone | Classifier, Ori
     if "genossm_version" not in values:
         imported = published.read(found)
         return imported.classifier or imported.backbone, imported.origin
-    model = checkpoint.load_classifier(source) if checkpoint.HEAD in values else checkpoint.load(source)
-    path = found.weights.parent / ORIGIN
+    opened = checkpoint.load_classifier if checkpoint.HEAD in values else checkpoint.load
+    return opened(source, revision=revision), _read_origin(found.weights.parent)
+
+
+def _read_origin(folder: Path) -> Origin | None:
+    """Return what a converted folder remembers, or None where it was not converted.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path, kept = folder / ORIGIN, folder / KEPT
     if not path.is_file():
-        return model, None
-    from safetensors.torch import load_file
+        return None
+    try:
+        values = json.loads(path.read_text())
+        origin = Origin(values["layout"], dict(values["config"]), dict(values["dtypes"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}. Convert the published file again.") from None
+    origin.kept = read_file(kept) if kept.is_file() else {}
+    return origin
 
-    kept = found.weights.parent / KEPT
-    return model, Origin(**json.loads(path.read_text()), kept=load_file(kept) if kept.is_file() else {})
 
-
-def _notes(source: str) -> dict[str, Any]:
+def _notes(source: str, origin: Origin | None) -> dict[str, Any]:
+    """Return what is known of a model's making: its own notes, and the published file that it comes from."""
     values = find(source).read_config() if Path(source).exists() else {}
     notes = values.get("notes")
-    return notes if isinstance(notes, dict) else {}
+    known = notes if isinstance(notes, dict) else {}
+    return known if origin is None else {"source": source, "layout": origin.layout, **known}
 
 
 def _write_ours(model: Backbone | Classifier, origin: Origin | None, source: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    notes = {"source": source} if origin is None else {"source": source, "layout": origin.layout}
-    checkpoint.save(model, folder, {**_notes(source), **notes})
+    checkpoint.save(model, folder, {"source": source, **_notes(source, origin)})
     if origin is not None:
         remembered = {"layout": origin.layout, "config": origin.config, "dtypes": origin.dtypes}
-        write_atomically(folder / ORIGIN, lambda path: path.write_text(json.dumps(remembered, indent=1) + "\n"))
+        (folder / ORIGIN).write_text(json.dumps(remembered, indent=1) + "\n")
         stored = published.irreplaceable(origin, model.backbone if isinstance(model, Classifier) else model)
         if stored:
             save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / KEPT)
@@ -125,9 +153,6 @@ def _write_ours(model: Backbone | Classifier, origin: Origin | None, source: str
 def _write_published(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     # Names of one tensor are stored apart: safetensors refuses memory that is shared.
     seen: set[int] = set()

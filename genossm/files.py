@@ -3,7 +3,9 @@
 import contextlib
 import gzip
 import os
+import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +56,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)` with an empty folder and move it to `folder`, which is whole or untouched at any moment.
+
+    What is there is replaced as a whole; where it is a link to a folder, the link is.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        write(temporary)
+        temporary.chmod(0o755)
+        if not (folder.exists() or folder.is_symlink()):
+            temporary.rename(folder)
+            return
+        old = temporary.with_name(f"{temporary.name}.old")
+        folder.rename(old)
+        temporary.rename(folder)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class BgzfWriter:

@@ -5,59 +5,68 @@ classes around them in the manner of transformers 5.
 """
 
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 import genossm
+from genossm.layouts.base import label_keys
 from genossm.models.base import Backbone
 from genossm.models.classifier import Classifier
 
 
-def write_folder(model: Backbone | Classifier, folder: Path, notes: dict[str, Any]) -> int:
+def write_files(model: Backbone | Classifier, notes: dict[str, Any], folder: Path) -> None:
     """Write a model for transformers.
 
     Args:
         model: a backbone, or one under a head.
-        folder: replaced if it is there.
         notes: training data and metrics for the model card.
+        folder: an empty folder.
 
-    Returns:
-        Number of tensors.
+    Raises:
+        ValueError: see `named_tensors`.
     """
     from safetensors.torch import save_file
 
-    if type(backbone_of(model)).__module__.endswith(".equivariant"):
-        raise ValueError(
-            "A backbone inside an equivariant wrapper can't be written for transformers; write the inside."
-        )
     classifier = model if isinstance(model, Classifier) else None
     backbone = backbone_of(model)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    tensors = _tensors(backbone, "backbone") | ({} if classifier is None else _tensors(classifier.head, "head"))
+    # Apart, since safetensors refuses memory that is shared.
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in named_tensors(model).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _config(backbone, classifier))
     (folder / "configuration_genossm.py").write_text(_CONFIGURATION)
     (folder / "modeling_genossm.py").write_text(_modeling(backbone))
-    (folder / "tokenization_genossm.py").write_text(_tokenization())
+    (folder / "tokenization_genossm.py").write_text(_TOKENIZATION)
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(backbone))
     (folder / "README.md").write_text(_card(backbone, classifier, notes))
-    return len(tensors)
+
+
+def named_tensors(model: Backbone | Classifier) -> dict[str, Tensor]:
+    """Return every parameter and buffer by each of its names in the folder: what transformers doesn't find it makes up.
+
+    Raises:
+        ValueError: the model is inside a wrapper that only genossm has.
+    """
+    if type(backbone_of(model)).__module__.endswith(".equivariant"):
+        raise ValueError(
+            "A backbone inside an equivariant wrapper can't be written for transformers; write the inside."
+        )
+    parts: dict[str, nn.Module] = {"backbone": backbone_of(model)}
+    if isinstance(model, Classifier):
+        parts["head"] = model.head
+    return {
+        f"{part}.{name}": tensor
+        for part, module in parts.items()
+        for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        for name, tensor in named
+    }
 
 
 def backbone_of(model: Backbone | Classifier) -> Backbone:
     """Return the backbone of a model."""
     return model if isinstance(model, Backbone) else model.backbone
-
-
-def _tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Return every parameter and buffer by each of its names, apart: what transformers doesn't find it makes up."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {f"{prefix}.{name}": tensor.detach().clone().contiguous() for name, tensor in named}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -67,7 +76,6 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def _config(backbone: Backbone, classifier: Classifier | None) -> dict[str, Any]:
     language = "GenossmForCausalLM" if backbone.causal else "GenossmForMaskedLM"
     head = None if classifier is None else classifier.head.config
-    labels = {} if head is None else {"id2label": {str(i): f"LABEL_{i}" for i in range(head.n_outputs)}}
     return {
         "model_type": "genossm",
         "architectures": [language if head is None else "GenossmForSequenceClassification"],
@@ -86,7 +94,7 @@ def _config(backbone: Backbone, classifier: Classifier | None) -> dict[str, Any]
         # transformers looks at tied keys of any kind only where this is set.
         "tie_word_embeddings": True,
         "genossm_version": genossm.__version__,
-        **labels,
+        **label_keys(head),
     }
 
 
@@ -249,18 +257,17 @@ class GenossmForSequenceClassification(GenossmPreTrainedModel):
 '''
 
 
-def _tokenization() -> str:
-    return _TOKENIZATION
-
-
 def _tokenizer_config(backbone: Backbone) -> dict[str, Any]:
     from genossm.dna import tokenizer as shelf
     from genossm.inference import tokenizer_of
 
     tokenizer = tokenizer_of(backbone)
-    kind = "bytes" if isinstance(tokenizer, shelf.ByteTokenizer) else "letters"
+    kind, pattern = "bytes" if isinstance(tokenizer, shelf.ByteTokenizer) else "letters", ""
     if isinstance(tokenizer, shelf.KmerTokenizer):
-        kind = "kmers"
+        # transformers takes out the other words itself.
+        kind, pattern = "pieces", "[ACGT]{6}|[ACGTN]"
+    if isinstance(tokenizer, shelf.ProteinTokenizer):
+        pattern = "|".join(re.escape(word) for word in tokenizer.vocabulary if len(word) == 1 or "null" in word)
     case = "upper" if getattr(tokenizer, "lower_case", "") == "upper" else "as it is"
     if isinstance(tokenizer, shelf.PlantCaduceusTokenizer):
         case = "lower"
@@ -274,6 +281,7 @@ def _tokenizer_config(backbone: Backbone) -> dict[str, Any]:
         "tokenizer_class": "GenossmTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_genossm.GenossmTokenizer", None]},
         "kind": kind,
+        "pattern": pattern,
         "case": case,
         "words": words,
         "before": list(tokenizer.before),
@@ -297,13 +305,14 @@ class GenossmTokenizer(PreTrainedTokenizer):
     vocab_files_names = {}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, words=(), kind="letters", case="upper", before=(), after=(), **options):
+    def __init__(self, words=(), kind="letters", case="upper", before=(), after=(), pattern="", **options):
         self.words = list(words)
         self.ids = {word: index for index, word in enumerate(self.words)}
-        self.kind, self.case = kind, case
+        self.kind, self.case, self.pattern = kind, case, pattern
         self.before, self.after = list(before), list(after)
         options.pop("add_special_tokens", None)
-        super().__init__(words=self.words, kind=kind, case=case, before=self.before, after=self.after, **options)
+        options |= {"words": self.words, "kind": kind, "case": case, "pattern": pattern}
+        super().__init__(before=self.before, after=self.after, **options)
 
     @property
     def vocab_size(self):
@@ -315,8 +324,8 @@ class GenossmTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text, **unused):
         if self.kind == "bytes":
             return [self.words[byte] for byte in text.encode()]
-        if self.kind == "kmers":
-            pieces = re.split("([ACGT]{6}|[ACGTN])", text)
+        if self.kind == "pieces":
+            pieces = re.split(f"({self.pattern})", text)
             return [token for piece in pieces for token in ([piece] if piece in self.ids else piece.split())]
         return list({"upper": text.upper(), "lower": text.lower()}.get(self.case, text))
 
@@ -328,7 +337,7 @@ class GenossmTokenizer(PreTrainedTokenizer):
         return self.words[index] if index < len(self.words) else str(self.unk_token)
 
     def convert_tokens_to_string(self, tokens):
-        return ("" if self.kind != "kmers" else " ").join(tokens)
+        return ("" if self.kind != "pieces" else " ").join(tokens)
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
         ids = self.before + token_ids_0 + self.after
@@ -353,8 +362,7 @@ def _card(backbone: Backbone, classifier: Classifier | None, notes: dict[str, An
     task = "text-generation" if backbone.causal else "fill-mask"
     if head is not None:
         task = "text-classification"
-    known = {key: notes[key] for key in notes}
-    lines = [f"- {key}: {value}" for key, value in known.items()] or ["- not recorded"]
+    lines = _bullets(notes) or ["- not recorded"]
     shape = [f"| {key} | {value} |" for key, value in config.to_dict().items()]
     context = "any" if backbone.max_length is None else f"{backbone.max_length:,} tokens"
     return "\n".join(
@@ -368,3 +376,14 @@ def _card(backbone: Backbone, classifier: Classifier | None, notes: dict[str, An
             *("", "## Config", "", "| value | |", "|---|---|", *shape, ""),
         ]
     )
+
+
+def _bullets(notes: dict[str, Any], indent: str = "") -> list[str]:
+    """Return notes as a list, what is nested below what it belongs to."""
+    lines: list[str] = []
+    for key, value in notes.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}- {key}:", *_bullets(value, f"{indent}  ")]
+        else:
+            lines.append(f"{indent}- {key}: {value}")
+    return lines

@@ -76,6 +76,7 @@ class Source:
             return read_file(self.weights, device)
         tensors: dict[str, Tensor] = {}
         for shard in shards(self.weights):
+            refuse_outside(self.weights.parent, shard)
             tensors |= read_file(self.weights.parent / shard, device)
         return tensors
 
@@ -160,6 +161,18 @@ def shards(index: Path) -> list[str]:
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise ValueError(f"{index} names {name!r}: a shard must stand in the same folder.")
     return names
+
+
+def refuse_outside(folder: Path, name: str) -> None:
+    """Refuse a file that an index names and that is a link out of the folder; the hub's cache links to its own blobs.
+
+    Raises:
+        ValueError: it is.
+    """
+    inside, real = folder.resolve(), (folder / name).resolve()
+    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
+    if not real.is_relative_to(inside) and not real.is_relative_to(blobs):
+        raise ValueError(f"{folder / name} is a link to {real}: a shard must stand in the same folder.")
 
 
 def read_file(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:

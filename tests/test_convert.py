@@ -13,10 +13,14 @@ import torch
 
 from genossm import checkpoint, source
 from genossm.convert import convert
+from genossm.files import write_folder_atomically
 from genossm.inference import tokenizer_of
+from genossm.models.classifier import Classifier
 from genossm.models.cnn import CNNConfig
 from genossm.models.mamba import Mamba2Config
+from genossm.models.nucleotide_transformer import NucleotideTransformerConfig
 from genossm.models.transformer import TransformerConfig
+from genossm.nn.head import HeadConfig
 
 PARITY = Path(__file__).parent / "data" / "parity"
 OUTSIDE = """
@@ -48,6 +52,7 @@ for folder, kind in json.loads(sys.argv[1]):
     model.train()
     labels = ids[:, 0] % 2 if kind.endswith("Classification") else ids
     model(ids, labels=labels).loss.backward()
+    out["named"] = list(getattr(model.config, "id2label", {}).values())
     out["grads"] = sum(p.grad is not None for p in model.parameters())
     batch = tokenizer(["ACGTACGTAC", "ACG"], padding=True)
     out["ids"], out["mask"] = batch["input_ids"], batch["attention_mask"]
@@ -61,11 +66,17 @@ CASES = {
     **{"hyenadna-hf-tiny": LM, "hyenadna-hf-seqcls": CLS, "caduceus-ps-tied": MLM, "caduceus-ps-seqcls": CLS},
     **{"caduceus-ph-tied": MLM, "mamba2-ssm-tiny": LM, "mamba-ssm-tiny": LM, "stripedhyena-evo1-tiny": LM},
     **{"nt-v1-tiny": MLM, "nt-v2-tiny": MLM, "transformer": LM, "encoder": MLM, "cnn": MLM, "hybrid": LM},
+    **{"nt-classifier": CLS, "esm2": MLM, "hyenadna-ckpt-head-pool": CLS},
 }
+ESM = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "positions": "rotary"}
 FRESH = {
     "transformer": TransformerConfig(d_model=16, n_layer=2, n_head=2),
     "encoder": TransformerConfig(d_model=16, n_layer=2, n_head=2, causal=False),
     "cnn": CNNConfig(d_model=16, n_layer=2),
+    "nt-classifier": NucleotideTransformerConfig(**ESM),
+    "esm2": NucleotideTransformerConfig(
+        **ESM, vocab_size=33, tokenizer="esm2", mask_id=32, rescale_masked=True, tie_embeddings=True
+    ),
     "hybrid": Mamba2Config(d_model=16, n_layer=2, d_state=8, headdim=8, attn_layer_idx=(1,), n_head=2),
 }
 
@@ -74,7 +85,7 @@ def tensors_of(folder):
     return source.find(folder).read_tensors()
 
 
-@pytest.mark.parametrize("case", ["hyenadna-ckpt-head-pool", "nt-v2-tiny", "caduceus-ps-seqcls", "mamba-ssm-tiny"])
+@pytest.mark.parametrize("case", sorted(folder.name for folder in PARITY.iterdir() if folder.is_dir()))
 def test_there_and_back_is_the_same_file(case, tmp_path):
     convert(str(PARITY / case), str(tmp_path / "ours"))
     convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="original")
@@ -98,6 +109,53 @@ def test_a_folder_that_is_there_is_not_replaced_unasked(tmp_path):
         convert(str(PARITY / "nt-v1-tiny"), str(tmp_path))
     with pytest.raises(ValueError, match="No layout is named 'evo9'"):
         convert(str(PARITY / "nt-v1-tiny"), str(tmp_path / "x"), to="evo9")
+    # With --overwrite too, only a model is replaced.
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no model"):
+        convert(str(PARITY / "nt-v1-tiny"), str(tmp_path), overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("to", ["genossm", "hf", "esm"])
+def test_a_model_is_replaced_whole_and_a_dry_run_writes_nothing(to, tmp_path):
+    source_, target = str(PARITY / "nt-v1-tiny"), tmp_path / "model"
+    dry = convert(source_, str(target), to=to, dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    checkpoint.save(FRESH["cnn"].build(), target)
+    written = convert(source_, str(target), to=to, overwrite=True)
+    assert (written.layout, written.tensors, written.parameters) == (dry.layout, dry.tensors, dry.parameters)
+    assert (dry.written, written.written) == (False, True)
+    assert len(tensors_of(target)) == written.tensors
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_interrupts_writing_leaves_what_was_there(tmp_path):
+    def interrupted(folder):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    checkpoint.save(FRESH["cnn"].build(), tmp_path / "model")
+    before = (tmp_path / "model" / "config.json").read_bytes()
+    for name in ("model", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            write_folder_atomically(tmp_path / name, interrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "config.json").read_bytes() == before
+
+
+def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path):
+    checkpoint.save(FRESH["cnn"].build(), tmp_path / "precious")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    convert(str(PARITY / "nt-v1-tiny"), str(tmp_path / "link"), overwrite=True)
+    assert not (tmp_path / "link").is_symlink()
+    assert checkpoint.load(tmp_path / "precious").config == FRESH["cnn"]
+
+
+def test_a_damaged_memory_of_the_published_file_is_named(tmp_path):
+    convert(str(PARITY / "mamba-ssm-tiny"), str(tmp_path / "ours"))
+    (tmp_path / "ours" / "origin.json").write_text('{"layout": "mamba"}')
+    with pytest.raises(ValueError, match=r"origin\.json is damaged"):
+        convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="original")
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +165,18 @@ def outside(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outside")
     for case, config in FRESH.items():
         torch.manual_seed(0)
-        checkpoint.save(config.build(), folder / "ours" / case, {"training data": "chr20"})
+        model = config.build()
+        if CASES[case] == CLS:
+            model = Classifier(
+                model, HeadConfig(n_outputs=2, pooling="first", hidden=True, names=("promoter", "other"))
+            )
+        checkpoint.save(model, folder / "ours" / case, {"training data": "chr20", "metrics": {"mcc": 0.5}})
     opened = {}
     for case in CASES:
         source_ = folder / "ours" / case if case in FRESH else PARITY / case
         convert(str(source_), str(folder / case), to="hf")
         model = (checkpoint.load_classifier if CASES[case] == CLS else checkpoint.load)(source_)
-        rows = model.config.vocab_size if case in FRESH else 0
+        rows = FRESH[case].vocab_size if case in FRESH else 0
         ids = torch.randint(rows, (2, 24)) if rows else torch.from_numpy(np.load(PARITY / case / "io.npz")["input_ids"])
         np.savez(folder / f"{case}.npz", input_ids=ids[:, :40])
         opened[case] = model, ids[:, :40]
@@ -171,4 +234,11 @@ def test_its_code_is_one_plain_file_and_its_card_says_what_is_known(case, outsid
     card = (folder / case / "README.md").read_text()
     assert "## Training data and metrics" in card
     assert ("- training data: chr20" in card) == (case == "cnn")
+    assert ("  - mcc: 0.5" in card) == (case == "cnn")
+    assert "- layout: hyenadna-hf" in card or case == "cnn"
     assert "| n_layer | 2 |" in card
+
+
+def test_names_of_the_answers_are_those_of_transformers(outside):
+    folder, _ = outside
+    assert np.load(folder / "nt-classifier.out.npz")["named"].tolist() == ["promoter", "other"]

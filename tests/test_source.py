@@ -87,6 +87,15 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path, name):
         checkpoint.load(folder)
 
 
+def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder = folder_with(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "evil.safetensors")
+    (folder / "one.safetensors").symlink_to("../evil.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    with pytest.raises(ValueError, match=r"is a link to .* must stand in the same folder"):
+        checkpoint.load(folder)
+
+
 def test_shards_make_one_model(tmp_path):
     tensors = source.find(PARITY / "hyenadna-hf-tiny").read_tensors()
     folder, names = folder_with(tmp_path), sorted(tensors)
@@ -112,10 +121,72 @@ def test_damage_and_absence_are_named(tmp_path):
         checkpoint.load(folder, revision="main")
 
 
-def test_offline_the_hub_is_not_asked(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Yield what puts a model into a hub cache of our own, as the hub's client lays it out; the hub is not asked."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(hub_id, case, commit, reference, split=False):
+        folder = tmp_path / f"models--{hub_id.replace('/', '--')}"
+        snapshot, blobs = folder / "snapshots" / commit, folder / "blobs"
+        for made in (snapshot, blobs, folder / "refs"):
+            made.mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / reference).write_text(commit)
+        contents = {name: (PARITY / case / name).read_bytes() for name in ("config.json", "model.safetensors")}
+        if split:
+            names = dict.fromkeys(source.find(PARITY / case).read_tensors(), "part.safetensors")
+            contents["part.safetensors"] = contents.pop("model.safetensors")
+            contents["model.safetensors.index.json"] = json.dumps({"weight_map": names}).encode()
+        for name, content in contents.items():
+            (blobs / f"{commit}-{name}").write_bytes(content)
+            (snapshot / name).symlink_to(f"../../blobs/{commit}-{name}")
+
+    return put
+
+
+def test_revisions_of_the_hub_are_pinned(cache):
+    old, new = "1" * 40, "2" * 40
+    cache("someone/model", "hyenadna-hf-tiny", old, "v1")
+    cache("someone/model", "nt-v1-tiny", new, "main", split=True)
+    for source_, revision, family in [
+        ("someone/model", None, "nucleotide_transformer"),
+        ("someone/model", "v1", "hyenadna"),
+        ("someone/model", old, "hyenadna"),
+        ("someone/model@v1", None, "hyenadna"),
+        (f"someone/model@{new}", None, "nucleotide_transformer"),
+    ]:
+        assert checkpoint.load(source_, revision=revision).config.model_type == family
+    with pytest.raises(FileNotFoundError, match="not in the cache"):
+        checkpoint.load("someone/model@v2")
+
+
+def test_repositories_whose_main_branch_is_wrong_are_pinned(cache):
+    cache("togethercomputer/evo-1-8k-base", "nt-v1-tiny", "1" * 40, "main")
+    cache("togethercomputer/evo-1-8k-base", "stripedhyena-evo1-tiny", "2" * 40, "1.1_fix")
+    assert checkpoint.load("togethercomputer/evo-1-8k-base").config.model_type == "striped_hyena"
+    assert checkpoint.load("togethercomputer/evo-1-8k-base@main").config.model_type == "nucleotide_transformer"
+
+
+def test_offline_the_hub_is_not_asked(cache):
     with pytest.raises(FileNotFoundError, match="not in the cache"):
         checkpoint.load("nobody/nothing-of-this-name@0123abc")
+
+
+@pytest.mark.parametrize(
+    ("case", "file"),
+    [
+        ("hyenadna-ckpt-lm", "weights.ckpt"),
+        ("hyenadna-ckpt-head-pool", "weights.ckpt"),
+        ("mamba-ssm-tiny", "pytorch_model.bin"),
+        ("mamba2-ssm-tiny", "pytorch_model.bin"),
+    ],
+)
+def test_pickles_hold_what_safetensors_hold(case, file):
+    expected = checkpoint.load(PARITY / case).state_dict()
+    got = checkpoint.load(PARITY / case / file).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
 
 
 def test_loading_takes_tensors_over_without_a_copy(tmp_path):
