@@ -16,9 +16,8 @@ def command_of(function: Callable[..., Any]) -> Callable[..., None]:
     A parameter that Python takes by name alone is a named flag, and so is one whose type is a union
     (`str | Path | Backbone`), which is text on the command line; a sequence is one flag with values separated by
     commas. The help of each flag is its entry in the docstring's `Args:`. A function whose result has a `summary()`
-    gets `--json`, which prints that summary for machines instead of for eyes; one that is not `healthy` makes the
-    command end with exit code 1. Every other parameter is left as typer
-    reads it.
+    gets `--json`, which prints that summary for machines instead of for eyes (for which it may have a `text()`); one
+    that is not `healthy` makes the command end with exit code 1. Every other parameter is left as typer reads it.
     """
     import typer
 
@@ -56,7 +55,9 @@ def command_of(function: Callable[..., Any]) -> Callable[..., None]:
         split = {name: _split(value) if name in lists else value for name, value in values.items()}
         result = function(**split)
         if summarised:
-            sys.stdout.write(_shown(result.summary(), as_json))
+            text = getattr(result, "text", None)
+            plain = text is not None and not as_json
+            sys.stdout.write(text() if plain else _shown(result.summary(), as_json))
         if getattr(result, "healthy", True) is False:
             # A failed check is a result, not a user's mistake (2).
             raise typer.Exit(1)

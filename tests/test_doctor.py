@@ -1,5 +1,6 @@
 """The doctor: healthy models pass, broken ones are named, and an install is described."""
 
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -14,12 +15,21 @@ from genossm.models.hyenadna import HyenaDNAConfig
 PARITY = Path(__file__).parent / "data" / "parity"
 
 
-@pytest.mark.parametrize("case", ["caduceus-ps-tied", "stripedhyena-evo1-tiny", "hyenadna-hf-tiny"])
+OPS = {"caduceus-ps-tied": "selective_scan", "stripedhyena-evo1-tiny": "fftconv", "hyenadna-hf-tiny": "hyena_conv"}
+
+
+@pytest.mark.parametrize("case", OPS)
 def test_published_models_are_healthy(case):
     report = doctor(str(PARITY / case), length=48)
-    failed = [finding for finding in report.findings if finding.passed is False]
-    assert not [finding for finding in failed if finding.check != "tokenizer fits"]
-    assert "pass" in report.summary()["padding changes nothing"]
+    assert report.healthy
+    shown = report.summary()
+    promised = ("reverse complement",) if "caduceus" in case else ("step = parallel", "pieces = whole", "causality")
+    for check in ("padding changes nothing", "finite", "bfloat16 drift", "tokenizer round trip", *promised):
+        assert shown[check].startswith("pass "), check
+    assert {"family", "parameters", "context"} <= set(shown)
+    # The ops that ran, and no others.
+    assert f"backend of {OPS[case]}" in shown
+    assert "backend of ssd" not in shown
 
 
 @torch.no_grad()
@@ -49,8 +59,16 @@ def test_a_short_length_is_refused(tmp_path):
         doctor(str(tmp_path / "m"), length=4)
 
 
-def test_a_failed_check_ends_with_exit_code_1(capsys):
+def test_a_failed_check_ends_with_exit_code_1(tmp_path, capsys):
+    model = HyenaDNAConfig(d_model=16, n_layer=1, max_length=64).build()
+    torch.nn.init.constant_(model.norm_f.weight, torch.nan)
+    checkpoint.save(model, tmp_path / "m")
     with pytest.raises(SystemExit) as ended:
-        run("doctor", [str(PARITY / "nt-v1-tiny"), "--length", "16"])
+        run("doctor", [str(tmp_path / "m"), "--length", "16"])
     assert ended.value.code == 1
-    assert "tokenizer fits: FAIL 4107 ids 64 rows" in capsys.readouterr().out
+    assert re.search(r"^finite +FAIL  largest nan$", capsys.readouterr().out, re.M)
+
+
+def test_a_tokenizer_that_the_model_has_no_rows_for_is_told():
+    shown = doctor(str(PARITY / "nt-v1-tiny"), length=16).summary()
+    assert shown["tokenizer fits"] == "- no: 4107 ids, 64 rows; the model takes ids but no text"

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("reference", "torch", "numba", "triton", "mamba_ssm")
 _forced: ContextVar[str | None] = ContextVar("genossm_backend", default=None)
+_watched: ContextVar["dict[str, Choice] | None"] = ContextVar("genossm_watched", default=None)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def runs(name: str, device: torch.device) -> str | None:
 def choose(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
     """Choose the backend of an op, as `explain` does; a slower one than the best is logged once, with the reason."""
     choice = explain(op, device, offered)
+    watched = _watched.get()
+    if watched is not None:
+        watched[op] = choice
     if choice.slower:
         _log_once(op, choice.name, choice.reason)
     return choice
@@ -129,3 +133,14 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[dict[str, Choice]]:
+    """Yield a dict that gets the choice of each op that runs inside the `with` block."""
+    choices: dict[str, Choice] = {}
+    token = _watched.set(choices)
+    try:
+        yield choices
+    finally:
+        _watched.reset(token)
