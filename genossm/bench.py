@@ -30,6 +30,8 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Measure a topic: data, ops, train, …; each row's ratio is to the first variant of its comparison.
 
+    For example `genossm bench ops`, or `genossm bench load --threads 1 --device cpu --out load.json`.
+
     Variants run in turn in one process, so that the ratios hold on a busy machine; times are medians. Peak memory is
     that of one run above its inputs.
 

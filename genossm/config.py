@@ -1,6 +1,8 @@
 """Hydra configs: where they lie, how they are composed, and what is said about a wrong key or value."""
 
+import contextlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -52,19 +54,23 @@ def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
         return hydra.compose(name, list(overrides))
 
 
-def launch(name: str, function: Callable[[DictConfig], Any]) -> None:
+def launch(name: str, function: Callable[[DictConfig], Any], objective: Callable[[Any], float] | None = None) -> None:
     """Run a Hydra verb on the overrides of the command line; a user's mistake ends with its message and exit code 2.
+
+    With `--json` the summary of each run is a line on the standard output, and all else goes to the standard error.
 
     Args:
         name: the verb, which may stand before the overrides on the command line.
-        function: what is called with the composed, checked config.
+        function: what is called with the composed, checked config; its result has a `summary()`.
+        objective: what a sweeper minimises, of a result.
     """
     import hydra
     from hydra.errors import HydraException
 
     command = sys.argv
     given = command[1:]
-    arguments = given[1:] if given[:1] == [name] else given
+    as_json = "--json" in given
+    arguments = [argument for argument in (given[1:] if given[:1] == [name] else given) if argument != "--json"]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
     @hydra.main(config_path=str(conf_folder()), config_name=name, version_base="1.3")
@@ -73,7 +79,11 @@ def launch(name: str, function: Callable[[DictConfig], Any]) -> None:
         sys.argv = command
         try:
             check(config, name)
-            return function(config)
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                result = function(config)
+            if as_json and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+                sys.stdout.write(json.dumps(result.summary(), default=str) + "\n")
+            return result if objective is None else objective(result)
         except Exception as error:
             # Hydra would print its own lines before an exception that it sees.
             if os.environ.get("GENOSSM_TRACEBACK") or not is_users_mistake(error):

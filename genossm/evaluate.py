@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +59,10 @@ class EvaluateResult:
     folder: Path
     rows: list[Row]
     footer: list[str]
+
+    def summary(self) -> dict[str, Any]:
+        """Return plain values, for machines."""
+        return {"folder": str(self.folder), "rows": [asdict(row) for row in self.rows], "footer": self.footer}
 
 
 def evaluate(config: DictConfig) -> EvaluateResult:

@@ -30,6 +30,10 @@ class TrainResult:
     model: Any
     metrics: dict[str, float]
 
+    def summary(self) -> dict[str, Any]:
+        """Return plain values, for machines."""
+        return {"folder": str(self.folder), "model": str(self.folder / "model"), "metrics": self.metrics}
+
 
 def train(config: DictConfig) -> TrainResult:
     """Run what a composed config describes.
@@ -326,4 +330,4 @@ def compose(overrides: list[str]) -> DictConfig:
 
 def main() -> None:
     """Run `train` on the overrides of the command line."""
-    launch("train", lambda values: train(values).metrics.get("val/bits", math.nan))
+    launch("train", train, lambda result: result.metrics.get("val/bits", math.nan))

@@ -1,3 +1,4 @@
+import json
 import os
 import shlex
 import subprocess
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from genossm.config import check, choices, compose
+from genossm.config import check, choices, compose, launch
+from genossm.train import TrainResult
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,3 +78,15 @@ def test_the_examples_of_help_compose(verb):
     for example in examples:
         sweep = "-m" in example
         compose(verb, [word.split(",")[0] if sweep else word for word in example[2:] if "=" in word])
+
+
+def test_json_alone_is_on_the_standard_output(monkeypatch, capsys):
+    def run(config):
+        print("a report for the eyes")
+        return TrainResult(Path("run"), None, {"val/bits": float(config.seed)})
+
+    monkeypatch.setattr("sys.argv", ["genossm", "train", "--json", "seed=7"])
+    launch("train", run)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["metrics"] == {"val/bits": 7.0}
+    assert "a report for the eyes" in captured.err
