@@ -82,7 +82,7 @@ def test_the_examples_of_help_compose(verb):
 
 def test_json_alone_is_on_the_standard_output(monkeypatch, capsys):
     def run(config):
-        print("a report for the eyes")
+        sys.stdout.write("a report for the eyes\n")
         return TrainResult(Path("run"), None, {"val/bits": float(config.seed)})
 
     monkeypatch.setattr("sys.argv", ["genossm", "train", "--json", "seed=7"])
