@@ -32,7 +32,17 @@ from genossm.tasks.classification import Classification, balanced_weights
 from genossm.tasks.metrics import bootstrap, default_metric, mode_of
 from genossm.tasks.regression import Regression
 from genossm.tasks.supervised import Supervised
-from genossm.train import TrainResult, build_loggers, build_model, build_trainer, compose, quieten, run_folder, step_of
+from genossm.train import (
+    TrainResult,
+    build_loggers,
+    build_model,
+    build_trainer,
+    compose,
+    fast_steps,
+    quieten,
+    run_folder,
+    step_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +137,8 @@ def run(config: DictConfig, dataset: LabelledData | None = None) -> FinetuneResu
     start = callbacks.last_good(saver.folder) if resumed else None
     if start is not None:
         table.forget_from(step_of(start))
-    trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+    with fast_steps(config.trainer):
+        trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
     _take_best(task, saver.folder)
     if adapted is not None:
         adapters.save_adapters(adapted, model.head.config, folder / "adapter")

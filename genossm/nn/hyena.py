@@ -12,6 +12,7 @@ from genossm.ops.causal_conv1d import causal_conv1d
 from genossm.ops.fftconv import fftconv
 from genossm.ops.hyena_conv import ImplicitFilter, hyena_conv
 from genossm.ops.online_conv import Taps, online_conv, online_conv_state
+from genossm.ops.precision import products
 
 _LONG = {"cpu": 1 << 13, "cuda": 1 << 18}
 """Tokens from which inference goes through a few channels at a time, by kind of device."""
@@ -155,7 +156,8 @@ class HyenaFilter(nn.Module):
 
     def trunk(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the network's last hidden layer, which all channels share, and the times t_L."""
-        with torch.autocast(self.deltas_C.device.type, enabled=False):
+        # Rounded, neighbouring positions of a long context would be one and the same.
+        with torch.autocast(self.deltas_C.device.type, enabled=False), products("highest"):
             h_FL, t_L = self.positions(length)
             for layer in list(self.implicit_filter)[:-1]:
                 if isinstance(layer, nn.Linear):
@@ -214,11 +216,7 @@ class HyenaOperator(nn.Module):
         if plain and length >= _LONG.get(x_BLD.device.type, length + 1) and not torch.is_grad_enabled():
             return self._mix_groups(x_BLD)
         # (3D, D) @ (B, D, L): time is contiguous from here to the output projection, with no transposed copy.
-        weight_BCD = self.in_proj.weight.expand(x_BLD.shape[0], -1, -1)
-        if x_BLD.is_cuda:
-            u_BCL = cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias))
-        else:
-            u_BCL = torch.baddbmm(self.in_proj.bias[:, None], weight_BCD, x_BLD.transpose(1, 2))
+        u_BCL = cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias))
         if plain:
             y_BLD = hyena_conv(
                 u_BCL.transpose(1, 2),
@@ -229,9 +227,7 @@ class HyenaOperator(nn.Module):
             )
         else:
             y_BLD = self._mix(u_BCL, mask_BL)
-        if x_BLD.is_cuda:
-            return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), self.out_proj.weight, self.out_proj.bias))
-        return torch.baddbmm(self.out_proj.bias, y_BLD, self.out_proj.weight.T.expand(x_BLD.shape[0], -1, -1))
+        return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), self.out_proj.weight, self.out_proj.bias))
 
     def _mix_groups(self, x_BLD: Tensor) -> Tensor:
         """Mix a long input with no gradient: projections and filters are made for a few channels at a time."""

@@ -11,7 +11,9 @@ from genossm.ops.backend import choose
 from genossm.ops.kernels.threads_numba import array, run_shared, threads_for
 
 _LEAST = 1 << 14
-"""Elements a thread has at least: fewer are done before another thread wakes."""
+"""Elements from which the kernel pays."""
+_SHARE = 1 << 20
+"""Elements a thread has at least: torch's own threads are still awake after the product before, and in the way."""
 
 
 def gelu_ref(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -36,7 +38,7 @@ class _Gelu(torch.autograd.Function):
 
         x = x.contiguous()
         y = torch.empty_like(x)
-        run_shared(gelu_numba.forward, (array(x.flatten()), array(y.flatten())), threads_for(x.numel() // _LEAST))
+        run_shared(gelu_numba.forward, (array(x.flatten()), array(y.flatten())), threads_for(x.numel() // _SHARE))
         ctx.save_for_backward(x)
         return y
 
@@ -47,5 +49,5 @@ class _Gelu(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         passed = (array(x.flatten()), array(grads[0].flatten()), array(dx.flatten()))
-        run_shared(gelu_numba.backward, passed, threads_for(x.numel() // _LEAST))
+        run_shared(gelu_numba.backward, passed, threads_for(x.numel() // _SHARE))
         return dx

@@ -18,11 +18,14 @@ from genossm.ops.backend import choose
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref, good_size, gpu_size
 from genossm.ops.kernels.threads_numba import array, copied, run_shared, threads_for
+from genossm.ops.precision import products
 
 _GROUP = 1 << 18
 """FFT elements of a group: its buffers fit the caches of a core (measured: 2^17 to 2^19 are alike)."""
 _ROWS = 4
 """Least rows of a batched transform: one alone costs three to seven times as much a row (measured with MKL)."""
+_SHARE = 1 << 18
+"""Elements a thread has at least: torch's own threads are still awake after the transform before, and in the way."""
 
 
 class ImplicitFilter(NamedTuple):
@@ -43,7 +46,7 @@ class ImplicitFilter(NamedTuple):
 
     def taps(self) -> Tensor:
         """Return the taps k_DL."""
-        with torch.autocast(self.h_FL.device.type, enabled=False):
+        with torch.autocast(self.h_FL.device.type, enabled=False), products("highest"):
             window_DL = torch.exp(-self.decay_D.abs()[:, None] * self.t_L) + self.shift
             return (self.w_DF @ self.h_FL) * window_DL
 
@@ -183,7 +186,8 @@ class _Plan:
     def run(self, rows: slice, kernel: Callable[..., None], *arguments: Any) -> None:
         """Run a kernel over a group, on as many threads as torch may use."""
         count = rows.stop - rows.start
-        run_shared(kernel, (*arguments, rows.start, count), threads_for(self.batch * count))
+        shares = min(self.batch * count, self.batch * count * self.length // _SHARE)
+        run_shared(kernel, (*arguments, rows.start, count), threads_for(shares))
 
     def split(self, u_BCL: Tensor, w_CW: Tensor, bias_C: Tensor) -> tuple[npt.NDArray[Any], ...]:
         """Return the projections and the short convolution by (x0, x1, v) and channel."""
