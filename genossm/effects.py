@@ -1,7 +1,8 @@
 """What a change of sequence changes for a model: log-likelihood, embedding, a fine-tuned head's answer.
 
 Used by `score` and `ism`. A site is a reference and its alleles; what they share is computed once: the reference, for
-masked models the masked sequence, for causal recurrent ones the state before the change.
+masked models the masked sequence, for causal recurrent ones the state before the change. Sites with the same reference
+share its run.
 """
 
 from collections import defaultdict
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from genossm.dna import alphabet
 from genossm.dna.alphabet import Bytes
-from genossm.inference import Batches, Opened, is_recurrent, select_rows
+from genossm.inference import Batches, Opened, is_recurrent, join_rows, select_rows
 from genossm.models.base import length_mask
 from genossm.models.classifier import Classifier
 
 METHODS = ("llr", "l2", "cosine", "head")
+_STATES = 32
+"""Sites along a reference whose states wait for their alleles at a time."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,10 @@ class Effects:
             values[first : first + len(ref["answer"])] = alt["answer"] - ref["answer"]
 
     def _whole(self, sites: Sequence[Site], chosen: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
-        """Run every sequence of the chosen sites on its own."""
-        rows = [(number, allele) for number in chosen for allele in range(len(sites[number].sequences))]
+        """Run every sequence of the chosen sites on its own; a reference that several of them have, once."""
+        rows = [(number, allele) for number in chosen for allele in range(1, len(sites[number].sequences))]
+        owners = list(_by_reference(sites, chosen).values())
+        rows += [(numbers[0], 0) for numbers in owners]
         ids = [self.ready.ids(sites[number].sequences[allele]) for number, allele in rows]
 
         def call(batch: list[int]) -> None:
@@ -177,6 +182,8 @@ class Effects:
                 measured[rows[row]] = {name: value[index] for name, value in values.items()}
 
         self.sizing.run([len(row) for row in ids], call)
+        for numbers in owners:
+            measured |= {(number, 0): measured[numbers[0], 0] for number in numbers}
 
     def _measure(self, ids_BL: Tensor, lengths_B: Tensor | None) -> dict[str, Any]:
         """Run rows and return what is compared of each: nats, mean embedding, the head's answer."""
@@ -197,8 +204,11 @@ class Effects:
     def _from_prefix(self, sites: Sequence[Site], chosen: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
         """Run the shared start of each site once, then what follows it in each of its sequences."""
         groups: dict[int, list[int]] = defaultdict(list)
-        for number in chosen:
-            groups[sites[number].prefix].append(number)
+        for numbers in _by_reference(sites, chosen).values():
+            if len(numbers) > 1:
+                self._along(sites, numbers, measured)
+            else:
+                groups[sites[numbers[0]].prefix] += numbers
         for prefix, numbers in groups.items():
 
             def call(batch: list[int], prefix: int = prefix, numbers: list[int] = numbers) -> None:
@@ -235,13 +245,84 @@ class Effects:
         for index, row in enumerate(rows):
             measured[row] = {name: value[index] for name, value in values.items()}
 
+    def _along(self, sites: Sequence[Site], numbers: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
+        """Run a reference that several sites have once, and their alleles from the states that it passes."""
+        model, numbers = self.ready.model, sorted(numbers, key=lambda number: sites[number].prefix)
+        ids_1L, _ = self.ready.stack([self.ready.ids(sites[numbers[0]].sequences[0])])
+        length, done = ids_1L.shape[1], 0
+        nats_L = torch.zeros(length, dtype=torch.float64, device=ids_1L.device)
+        here = _Passed(
+            model.init_state(1), ids_1L, torch.zeros(1, model.d_output, dtype=torch.float64).to(ids_1L.device)
+        )
+        for first in range(0, len(numbers) + 1, _STATES):
+            chunk = numbers[first : first + _STATES]
+            passed: dict[int, _Passed] = {}
+            # After the last site comes what is left of the reference.
+            ends = [sites[number].prefix for number in chunk]
+            for end in [*ends, *([length] if len(chunk) < _STATES else [])]:
+                if end > done:
+                    x_1PD, state = model.extend(ids_1L[:, done:end], here.state)
+                    if self.likelihoods:
+                        targets_1P = ids_1L[:, done + 1 : end + 1]
+                        real_1P = torch.ones_like(targets_1P, dtype=torch.bool)
+                        nats_1P = self._token_nats(x_1PD[:, : targets_1P.shape[1]], targets_1P, real_1P)
+                        nats_L[done + 1 : end + 1] = nats_1P[0]
+                    here = _Passed(state, x_1PD[:, -1:], here.sum_1D + x_1PD.double().sum(1))
+                    done = end
+                passed[end] = here
+            self._alleles(sites, chunk, passed, measured)
+        for number in numbers:
+            values: dict[str, Any] = {}
+            if self.likelihoods:
+                values["nats"] = float(nats_L[sites[number].prefix :].sum())
+            if self.pools:
+                values["mean"] = (here.sum_1D[0] / length).cpu().numpy()
+            measured[number, 0] = values
+
+    def _alleles(
+        self,
+        sites: Sequence[Site],
+        numbers: Sequence[int],
+        passed: dict[int, "_Passed"],
+        measured: dict[tuple[int, int], Any],
+    ) -> None:
+        """Run what follows the shared start in each allele of some sites of one reference."""
+        rows = [(number, allele) for number in numbers for allele in range(1, len(sites[number].sequences))]
+        # A deletion at a contig's end may leave nothing to run: one padding token keeps the batch rectangular.
+        rest = [self.ready.ids(sites[number].sequences[allele][sites[number].prefix :]) for number, allele in rows]
+        padded = [row if len(row) else row.new_full((1,), self.ready.tokenizer.pad_id) for row in rest]
+
+        def call(batch: list[int]) -> None:
+            before = [passed[sites[rows[row][0]].prefix] for row in batch]
+            ids_RS, _ = self.ready.stack([padded[row] for row in batch])
+            after_RSD, _ = self.ready.model.extend(ids_RS, join_rows([one.state for one in before]))
+            counted_R = torch.tensor([len(rest[row]) for row in batch], device=ids_RS.device)
+            real_RS = torch.arange(ids_RS.shape[1], device=ids_RS.device) < counted_R[:, None]
+            values: dict[str, Any] = {}
+            if self.likelihoods:
+                x_RSD = torch.cat([torch.cat([one.last_11D for one in before]), after_RSD[:, :-1]], 1)
+                values["nats"] = self._nats(x_RSD, ids_RS, real_RS).cpu().numpy()
+            if self.pools:
+                sums_RD = torch.cat([one.sum_1D for one in before])
+                sums_RD = sums_RD + (after_RSD.double() * real_RS[..., None]).sum(1)
+                starts_R = torch.tensor([sites[rows[row][0]].prefix for row in batch], device=ids_RS.device)
+                values["mean"] = (sums_RD / (starts_R + counted_R)[:, None]).cpu().numpy()
+            for index, row in enumerate(batch):
+                measured[rows[row]] = {name: value[index] for name, value in values.items()}
+
+        self.sizing.run([len(row) for row in padded], call)
+
     def _nats(self, x_BLD: Tensor, targets_BL: Tensor, real_BL: Tensor) -> Tensor:
         """Return the log-likelihood of each row's targets, N and padding not counted, in float64."""
+        return self._token_nats(x_BLD, targets_BL, real_BL).sum(1)
+
+    def _token_nats(self, x_BLD: Tensor, targets_BL: Tensor, real_BL: Tensor) -> Tensor:
+        """Return the log-likelihood of each target, 0 for N and padding, in float64."""
         bases = torch.tensor(self._base_ids).to(targets_BL)
         counted_BL = real_BL & torch.isin(targets_BL, bases)
         logits_BLV = self.ready.model.logits(x_BLD).float()
         picked_BL = logits_BLV.gather(-1, targets_BL.long()[..., None])[..., 0] - logits_BLV.logsumexp(-1)
-        return torch.where(counted_BL, picked_BL.double(), 0.0).sum(1)
+        return torch.where(counted_BL, picked_BL.double(), 0.0)
 
     def _masked(self, sites: Sequence[Site], found: Sequence[Any]) -> None:
         """Hide the bases in which alleles differ from their reference and compare what the model expects there."""
@@ -285,6 +366,14 @@ class Effects:
         self.sizing.run([len(sites[key.site].sequences[key.shown]) for key in keys], call)
 
 
+class _Passed(NamedTuple):
+    """What a reference left behind before a site: the state, the last hidden vector, the sum of all of them."""
+
+    state: Any
+    last_11D: Tensor
+    sum_1D: Tensor
+
+
 class _Hidden(NamedTuple):
     """A row of a masked model: sequence `shown` of a site with these places hidden."""
 
@@ -299,6 +388,14 @@ class _Answer(NamedTuple):
     allele: int
     sequence: int
     sign: float
+
+
+def _by_reference(sites: Sequence[Site], chosen: Sequence[int]) -> dict[bytes, list[int]]:
+    """Return the chosen sites by the bases of their reference."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for number in chosen:
+        groups[sites[number].sequences[0].tobytes()].append(number)
+    return groups
 
 
 def _substituted(sequence: Bytes, at: int) -> Site:

@@ -244,6 +244,19 @@ def select_rows(state: Any, rows_B: Tensor) -> Any:
     return state
 
 
+def join_rows(states: Sequence[Any]) -> Any:
+    """Return one streaming state of the rows of several, for models whose states don't grow."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(states))
+    if isinstance(first, dict):
+        return {key: join_rows([state[key] for state in states]) for key in first}
+    if isinstance(first, list):
+        return [join_rows(list(parts)) for parts in zip(*states, strict=True)]
+    # How much was read, which only models with a longest input look at.
+    return max(states)
+
+
 def state_bytes(state: Any) -> int:
     """Return the size of a streaming state's tensors."""
     if isinstance(state, Tensor):

@@ -90,6 +90,7 @@ def score(
     out: Path | None = None,
     methods: Sequence[str] | None = None,
     window: int | None = None,
+    grid: int = 1,
     strand: str = "both",
     ref_mismatch: str = "error",
     share: bool = True,
@@ -110,6 +111,8 @@ def score(
         out: .vcf.gz (BGZF), .vcf, .parquet or .tsv; in Python, None keeps the rows in memory.
         methods: of llr, l2, cosine and head, with commas; by default llr, or head for a fine-tuned model.
         window: bases around each variant; by default as many as the model takes, at most 8192.
+        grid: let windows begin at multiples of so many bases, so that variants close to each other have the same window
+            and the model reads its reference once; 1 centres each on its variant.
         strand: both (the mean of the two) or forward.
         ref_mismatch: what to do where REF is not the genome's: error, warn (score against the genome) or skip.
         share: let a recurrent model compute what alleles share once.
@@ -136,14 +139,17 @@ def score(
             classifier.to(ready.device).eval()
         effects = Effects(ready, methods or (["head"] if classifier else ["llr"]), classifier, batch_size, share)
         size = check_window(window, ready)
+        if not 1 <= grid <= max(1, size // 4):
+            raise ValueError(f"grid must be in 1..{max(1, size // 4)}, a quarter of the window; got {grid}.")
         store = Genome(genome)
         alleles = read_alleles(Vcf(vcf), store, size, ref_mismatch)
-        run = Run(effects, store, alleles, size, strand)
+        run = Run(effects, store, alleles, size, strand, grid)
         provenance = {
             "genossm": genossm.__version__,
             **ready.provenance(),
             "methods": effects.methods,
             "window": size,
+            "grid": grid,
             "strand": strand,
             "ref_mismatch": ref_mismatch,
             "coordinates": "1-based, as in VCF",
@@ -275,11 +281,14 @@ class Run:
         alleles: what to score.
         window: bases of a window.
         strand: "both" or "forward".
+        grid: windows begin at multiples of it.
     """
 
-    def __init__(self, effects: Effects, genome: Genome, alleles: Sequence[Allele], window: int, strand: str):
+    def __init__(
+        self, effects: Effects, genome: Genome, alleles: Sequence[Allele], window: int, strand: str, grid: int = 1
+    ):
         self.effects, self.genome, self.alleles = effects, genome, alleles
-        self.window = window
+        self.window, self.grid = window, grid
         self.anchors = ("start", "end") if strand == "both" else ("start",)
         self.progress: Progress | None = None
         # A site is never cut, so that its alleles share their work.
@@ -335,7 +344,8 @@ class Run:
         """Return the windows of one site along a strand: anchored at the end, they are read on the other one."""
         variants = [variant for index in group if (variant := chosen[index].variant) is not None]
         codes = self.genome.codes(variants[0].chrom)
-        sequences, start, end = windows(variants[0], [v.alt for v in variants], codes, self.window, anchor)
+        alts = [v.alt for v in variants]
+        sequences, start, end = windows(variants[0], alts, codes, self.window, anchor, self.grid)
         longer = [0 if len(v.ref) == len(v.alt) else max(len(v.ref), len(v.alt)) for v in variants]
         if anchor == "start":
             return Site(sequences, start, longer)

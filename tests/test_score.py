@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from genossm import checkpoint
+from genossm import checkpoint, effects
 from genossm.dna import alphabet
 from genossm.dna.variant import Variant, Vcf, normalise
 from genossm.models.base import model_types
@@ -118,6 +118,31 @@ def test_sharing_the_state_changes_nothing(kind, genome, vcf):
         one, other = (np.array(t.column(name).to_pylist(), dtype=float) for t in (shared, plain))
         np.testing.assert_allclose(one, other, atol=1e-4)
         assert np.isfinite(one).sum() == 10
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "hyena"])
+def test_sites_in_one_window_share_its_reference(kind, contig, genome, vcf, monkeypatch):
+    model = build(kind)
+    tokens = []
+    model.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+    monkeypatch.setattr(
+        model, "extend", lambda ids, state: (tokens.append(ids.numel()), type(model).extend(model, ids, state))[1]
+    )
+    options = {"vcf": vcf, "genome": genome, "window": 64, "grid": 16, "methods": ["llr", "l2", "cosine"]}
+    # As if each site were alone.
+    with monkeypatch.context() as patch:
+        patch.setattr(effects, "_by_reference", lambda sites, chosen: {number: [number] for number in chosen})
+        alone = score(model, share=False, **options).table
+    before = sum(tokens)
+    monkeypatch.setattr(effects, "_STATES", 1)
+    together = score(model, **options).table
+    assert sum(tokens) - before < before
+    for name in ("llr", "l2", "cosine"):
+        one, other = (np.array(t.column(name).to_pylist(), dtype=float) for t in (together, alone))
+        np.testing.assert_allclose(one, other, atol=1e-4)
+        assert np.isfinite(one).sum() == 10
+    with pytest.raises(ValueError, match=r"grid must be in 1\.\.16, a quarter"):
+        score(model, vcf=vcf, genome=genome, window=64, grid=17)
 
 
 def test_masked_ratio_is_at_the_site_of_a_hidden_base(contig, genome, vcf):

@@ -16,15 +16,23 @@ from genossm.models.mamba import MambaConfig
 from genossm.score import score
 
 COUNT, WINDOW = 120, 8192
+APART, GRID = 100, 512
 
 
 def comparisons(device: torch.device) -> list[Comparison]:
-    """Return one comparison a number of alleles that share a position, on which the gain depends."""
-    return [compare(alleles, device) for alleles in (1, 3)]
+    """Return one comparison a number of alleles at a position, on which the gain depends, and one of shared windows."""
+    return [compare(1, device), compare(3, device), compare(1, device, apart=APART, grid=GRID)]
 
 
-def compare(alleles: int, device: torch.device) -> Comparison:
-    """Compare the log-likelihood ratios of 120 SNVs, `alleles` of them at each position, on the forward strand."""
+def compare(alleles: int, device: torch.device, apart: int | None = None, grid: int = 1) -> Comparison:
+    """Compare the log-likelihood ratios of 120 SNVs on the forward strand.
+
+    Args:
+        alleles: how many of them stand at each position.
+        device: where.
+        apart: bases between positions; None spreads them over the contig.
+        grid: see `genossm.score.score`.
+    """
 
     def build() -> Mapping[str, Run]:
         torch.manual_seed(0)
@@ -32,7 +40,9 @@ def compare(alleles: int, device: torch.device) -> Comparison:
         genome = Genome(bundled("fa.gz"))
         contig = next(iter(genome.contigs))
         codes = genome.codes(contig) & np.uint8(0x7F)
-        places = np.linspace(WINDOW, len(codes) - WINDOW, -(-COUNT // alleles)).astype(int).tolist()
+        count = -(-COUNT // alleles)
+        last = len(codes) - WINDOW if apart is None else WINDOW + (count - 1) * apart
+        places = np.linspace(WINDOW, last, count).astype(int).tolist()
         variants = [
             (at, base)
             for at in places
@@ -49,9 +59,10 @@ def compare(alleles: int, device: torch.device) -> Comparison:
             for first in range(0, COUNT, together):
                 rows: list[torch.Tensor] = []
                 for at, base in variants[first : first + together]:
-                    reference = codes[at - WINDOW // 2 : at + WINDOW // 2]
+                    start = (at - WINDOW // 2) // grid * grid
+                    reference = codes[start : start + WINDOW]
                     changed = reference.copy()
-                    changed[WINDOW // 2] = base
+                    changed[at - start] = base
                     rows += [torch.from_numpy(reference), torch.from_numpy(changed)]
                 ids_BL = torch.stack(rows).to(device)
                 logp_BLV = model.logits(model(ids_BL))[:, :-1].log_softmax(-1)
@@ -60,9 +71,11 @@ def compare(alleles: int, device: torch.device) -> Comparison:
         return {
             "two windows a variant": independent,
             "genossm.score": lambda: score(
-                model, vcf=vcf, genome=bundled("fa.gz"), window=WINDOW, strand="forward", device=device.type
+                model, vcf=vcf, genome=bundled("fa.gz"), window=WINDOW, grid=grid, strand="forward", device=device.type
             ),
         }
 
     title = f"Mamba d16 x 1, {COUNT:,} SNVs in windows of 8 kb, {alleles} a position"
+    if apart is not None:
+        title += f", {apart} bp apart, windows on a grid of {grid} bp"
     return Comparison(name=title, build=build, memory=False)

@@ -162,11 +162,12 @@ def ref_problem(variant: Variant, codes: Bytes) -> str | None:
 
 
 def windows(
-    variant: Variant, alts: Sequence[str], codes: Bytes, length: int, anchor: str
+    variant: Variant, alts: Sequence[str], codes: Bytes, length: int, anchor: str, grid: int = 1
 ) -> tuple[list[Bytes], int, int]:
     """Cut windows around a site, one of the reference and one of each allele.
 
-    The window is centred on the site and shifted inwards at the ends of the contig. An allele that is longer or
+    The window is centred on the site, begins at a multiple of `grid`, so that close sites have the same one, and is
+    shifted inwards at the ends of the contig. An allele that is longer or
     shorter than the reference gets fewer or more bases at the end that is not anchored, so that all windows are
     equally long as far as the contig reaches.
 
@@ -176,11 +177,13 @@ def windows(
         codes: stored bases of the contig.
         length: bases of a window.
         anchor: "start": all windows begin at the same base, "end": all end at the same base.
+        grid: bases, 1 for windows that are centred exactly; at most a quarter of `length`.
 
     Returns:
         The windows, reference first, and the half-open range of the reference allele in the first.
     """
-    first = min(max(0, (variant.start + variant.end) // 2 - length // 2), max(0, len(codes) - length))
+    first = ((variant.start + variant.end) // 2 - length // 2) // grid * grid
+    first = min(max(0, first), max(0, len(codes) - length))
     last = min(first + length, len(codes))
     left, right = codes[first : variant.start], codes[variant.end : last]
     made: list[Bytes] = [np.asarray(codes[first:last])]
