@@ -139,8 +139,7 @@ def score(
             classifier.to(ready.device).eval()
         effects = Effects(ready, methods or (["head"] if classifier else ["llr"]), classifier, batch_size, share)
         size = check_window(window, ready)
-        if not 1 <= grid <= max(1, size // 4):
-            raise ValueError(f"grid must be in 1..{max(1, size // 4)}, a quarter of the window; got {grid}.")
+        check_grid(grid, size)
         store = Genome(genome)
         alleles = read_alleles(Vcf(vcf), store, size, ref_mismatch)
         run = Run(effects, store, alleles, size, strand, grid)
@@ -148,10 +147,7 @@ def score(
             "genossm": genossm.__version__,
             **ready.provenance(),
             "methods": effects.methods,
-            "window": size,
-            "grid": grid,
-            "strand": strand,
-            "ref_mismatch": ref_mismatch,
+            **{"window": size, "grid": grid, "strand": strand, "ref_mismatch": ref_mismatch},
             "coordinates": "1-based, as in VCF",
         }
         schema = tables.with_provenance(run.schema, provenance)
@@ -196,6 +192,16 @@ def check_window(window: int | None, ready: Opened) -> int:
     if size < 2 or (ready.model.max_length is not None and size > limit):
         raise ValueError(f"window must be in 2..{limit} for this model; got {size}.")
     return size
+
+
+def check_grid(grid: int, window: int) -> None:
+    """Refuse a grid on which a variant could come close to an end of its window.
+
+    Raises:
+        ValueError: so it could.
+    """
+    if not 1 <= grid <= max(1, window // 4):
+        raise ValueError(f"grid must be in 1..{max(1, window // 4)}, a quarter of the window; got {grid}.")
 
 
 def read_alleles(vcf: Vcf, genome: Genome, window: int, policy: str) -> list[Allele]:
