@@ -123,8 +123,8 @@ class Mamba(nn.Module):
         mirrored: bool = False,
     ) -> Tensor:
         """Mix along time, from left to right; `mirrored` is that of `BiMamba.forward`."""
-        xz_BLE2 = _project(self.in_proj, x_BLD, 1 if mirrored else None)
-        y_BLE = mamba_mix(xz_BLE2, [self.direction(mirrored)], lengths_B, resets_BL)
+        in_proj = _weights(self.in_proj, 1 if mirrored else None)
+        y_BLE = mamba_mix(x_BLD, [self.direction(mirrored)], lengths_B, resets_BL, in_proj)
         return _project(self.out_proj, y_BLE, 0 if mirrored else None)
 
     def direction(self, reverse: bool = False) -> Direction:
@@ -239,11 +239,12 @@ class BiMamba(nn.Module):
         """
         fwd, rev = self.mamba_fwd.direction(mirrored), self.mamba_rev.direction(not mirrored)
         turned_in, turned_out = (1, 0) if mirrored else (None, None)
-        xz_fwd = _project(self.mamba_fwd.in_proj, x_BLD, turned_in)
         out_fwd = self.mamba_fwd.out_proj
         assert out_fwd is not None
         if self.tied and self.strategy == "add" and out_fwd.bias is None:
-            return _project(out_fwd, mamba_mix(xz_fwd, [fwd, rev], lengths_B, resets_BL), turned_out)
+            in_proj = _weights(self.mamba_fwd.in_proj, turned_in)
+            return _project(out_fwd, mamba_mix(x_BLD, [fwd, rev], lengths_B, resets_BL, in_proj), turned_out)
+        xz_fwd = _project(self.mamba_fwd.in_proj, x_BLD, turned_in)
         xz_rev = xz_fwd if self.tied else _project(self.mamba_rev.in_proj, x_BLD, turned_in)
         out_rev = out_fwd if self.tied else self.mamba_rev.out_proj
         y_fwd = _project(out_fwd, mamba_mix(xz_fwd, [fwd], lengths_B, resets_BL), turned_out)
@@ -253,12 +254,17 @@ class BiMamba(nn.Module):
 
 def _project(linear: nn.Linear | None, x: Tensor, turned: int | None) -> Tensor:
     """Apply a linear layer whose inputs (`turned` = 1) or outputs (0) stand in reverse order."""
+    return F.linear(x, *_weights(linear, turned))
+
+
+def _weights(linear: nn.Linear | None, turned: int | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of such a layer."""
     assert linear is not None
     weight, bias = linear.weight, linear.bias
     if turned is not None:
         weight = weight.flip(turned)
         bias = bias.flip(0) if bias is not None and turned == 0 else bias
-    return F.linear(x, weight, bias)
+    return weight, bias
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,29 +18,32 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        h_BLF = self.fc1(x_BLD)
-        if h_BLF.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            weight, bias = self.fc2.weight.to(h_BLF.dtype), self.fc2.bias
-            return GeluLinear.apply(h_BLF, weight, None if bias is None else bias.to(h_BLF.dtype))
-        return self.fc2(gelu(h_BLF))
+        if x_BLD.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BLD.dtype
+            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return NarrowMLP.apply(
+                x_BLD.to(dtype), *(None if weight is None else weight.to(dtype) for weight in weights)
+            )
+        return self.fc2(gelu(self.fc1(x_BLD)))
 
 
-class GeluLinear(torch.autograd.Function):
-    """h, weight, bias -> the linear layer of gelu(h), which is made again: it is the widest tensor of a model."""
+class NarrowMLP(torch.autograd.Function):
+    """x, weight 1, bias 1, weight 2, bias 2 -> the MLP; it keeps x alone: the hidden layer is made again, both ways."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        h_BLF, weight_DF, bias_D = given
-        ctx.save_for_backward(h_BLF, weight_DF)
+        x_BLD, in_FD, bias_F, out_DF, bias_D = given
+        ctx.save_for_backward(x_BLD, in_FD, bias_F, out_DF)
         ctx.has_bias = bias_D is not None
-        return F.linear(F.gelu(h_BLF, approximate="tanh"), weight_DF, bias_D)
+        return F.linear(F.gelu(F.linear(x_BLD, in_FD, bias_F), approximate="tanh"), out_DF, bias_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h_BLF, weight_DF = ctx.saved_tensors
-        dy_MD = grads[0].flatten(0, -2)
-        made_MF = F.gelu(h_BLF, approximate="tanh").flatten(0, -2)
-        dw_DF = dy_MD.T @ made_MF
-        del made_MF
-        d_BLF = torch.ops.aten.gelu_backward(grads[0] @ weight_DF, h_BLF, approximate="tanh")
-        return d_BLF, dw_DF, dy_MD.sum(0) if ctx.has_bias else None
+        x_BLD, in_FD, bias_F, out_DF = ctx.saved_tensors
+        x_MD, dy_MD = x_BLD.flatten(0, -2), grads[0].flatten(0, -2)
+        h_MF = F.linear(x_MD, in_FD, bias_F)
+        d_out_DF = dy_MD.T @ F.gelu(h_MF, approximate="tanh")
+        d_MF = torch.ops.aten.gelu_backward(dy_MD @ out_DF, h_MF, approximate="tanh")
+        del h_MF
+        d_bias_F = None if bias_F is None else d_MF.sum(0)
+        return (d_MF @ in_FD).view_as(x_BLD), d_MF.T @ x_MD, d_bias_F, d_out_DF, dy_MD.sum(0) if ctx.has_bias else None

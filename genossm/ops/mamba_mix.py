@@ -40,30 +40,35 @@ def mamba_mix_ref(
 
 
 def mamba_mix(
-    xz_BLE2: Float[Tensor, "B L E2"],
+    x_BLX: Float[Tensor, "B L X"],
     directions: Sequence[Direction],
     lengths_B: Integer[Tensor, " B"] | None = None,
     resets_BL: Bool[Tensor, "B L"] | None = None,
+    in_proj: tuple[Tensor, Tensor | None] | None = None,
 ) -> Float[Tensor, "B L E"]:
     """Mix along time and add up the directions.
 
     Args:
-        xz_BLE2: input and gate side by side.
+        x_BLX: input and gate side by side, X = 2 E; or with `in_proj` what they are made of, X = D.
         directions: the weights of each, all of the same shapes.
         lengths_B, resets_BL: see `selective_scan`.
+        in_proj: weight and bias of the projection that makes input and gate; on a GPU these are made again in the
+            backward pass, for they are wider than all else that a layer would keep.
 
     Returns:
         y_BLE.
     """
-    fused = resets_BL is None and xz_BLE2.dtype != torch.float64 and xz_BLE2.stride(2) == 1
+    fused = resets_BL is None and x_BLX.dtype != torch.float64 and x_BLX.stride(2) == 1
     if (
         fused
-        and backend.choose("mamba_mix", xz_BLE2.device, ["triton", "numba", "mamba_ssm", "torch", "reference"]).name
+        and backend.choose("mamba_mix", x_BLX.device, ["triton", "numba", "mamba_ssm", "torch", "reference"]).name
         == "triton"
     ):
         kernels = importlib.import_module("genossm.ops.kernels.mamba_mix_triton")
         weights = [weight for direction in directions for weight in direction[:-1]]
-        return kernels.MambaMix.apply(xz_BLE2, lengths_B, [d.reverse for d in directions], *weights)
+        given = (None, None) if in_proj is None else in_proj
+        return kernels.MambaMix.apply(x_BLX, *given, lengths_B, [d.reverse for d in directions], *weights)
+    xz_BLE2 = x_BLX if in_proj is None else F.linear(x_BLX, *in_proj)
     return _by_parts(causal_conv1d, selective_scan, xz_BLE2, directions, lengths_B, resets_BL)
 
 

@@ -66,8 +66,8 @@ def test_the_conventions_differ():
 
 @pytest.mark.parametrize(("tied", "projections"), [(True, 2), (False, 4)])
 def test_tied_projections_run_once(tied, projections, monkeypatch):
-    calls, project = [], mamba._project
-    monkeypatch.setattr(mamba, "_project", lambda *given: calls.append(1) or project(*given))
+    calls, weights = [], mamba._weights
+    monkeypatch.setattr(mamba, "_weights", lambda *given: calls.append(1) or weights(*given))
     model = CaduceusConfig(d_model=16, n_layer=1, bidirectional_weight_tie=tied).build()
     model(torch.randint(7, 11, (1, 9)))
     assert len(calls) == projections

@@ -1,12 +1,11 @@
 import torch
 
-from genossm.nn.mlp import GeluLinear
+from genossm.nn.mlp import MLP, NarrowMLP
 
 
-def test_gelu_linear_makes_its_hidden_layer_again():
-    h, weight, bias = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 8), (3, 8), (3,))
-    )
-    wanted = torch.nn.functional.linear(torch.nn.functional.gelu(h, approximate="tanh"), weight, bias)
-    torch.testing.assert_close(GeluLinear.apply(h, weight, bias), wanted)
-    assert torch.autograd.gradcheck(GeluLinear.apply, (h, weight, bias))
+def test_narrow_mlp_makes_its_hidden_layer_again():
+    mlp = MLP(4, 8).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    torch.testing.assert_close(NarrowMLP.apply(x, *weights), mlp(x))
+    assert torch.autograd.gradcheck(NarrowMLP.apply, (x, *weights))

@@ -3,9 +3,11 @@
 Triton must know that it interprets when it is imported, which torch may do before any test is read.
 """
 
+import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -246,11 +248,26 @@ def draw_mix(length, width=3, states=2, rank=1, ways=2, **options):
 
 
 @small
-@pytest.mark.parametrize("lengths", [None, (11, 5)])
-def test_mamba_mix(lengths):
-    options = {} if lengths is None else {"lengths_B": torch.tensor(lengths, device=DEVICE)}
+def test_mamba_mix():
+    options = {"lengths_B": torch.tensor((11, 5), device=DEVICE)}
     with use_backend("triton"):
         assert_equals_reference(mixed(mamba_mix), mixed(mamba_mix_ref), draw_mix(11), options)
+
+
+@small
+def test_mamba_mix_with_the_projection_row_by_row(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("genossm.ops.kernels.mamba_mix_triton"), "_PIECE", 1)
+    inputs = {"x": draw(2, 9, 4), "weight": draw(6, 4), "bias": draw(6)} | draw_mix(9)
+    del inputs["xz"]
+
+    def ours(x, weight, bias, **weights):
+        return mixed(partial(mamba_mix, in_proj=(weight, bias)))(x, **weights)
+
+    def truth(x, weight, bias, **weights):
+        return mixed(mamba_mix_ref)(torch.nn.functional.linear(x, weight, bias), **weights)
+
+    with use_backend("triton"):
+        assert_equals_reference(ours, truth, inputs, {})
 
 
 def relative(got, truth):

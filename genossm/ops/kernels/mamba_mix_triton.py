@@ -1,6 +1,6 @@
 """What stands between the projections of a Mamba on a GPU, both directions at once, keeping next to nothing.
 
-Only the projected input and the states that enter the scan's tiles are kept; convolution and selection are made again
+Only the input and the states that enter the scan's tiles are kept; projection, convolution and selection are made again
 in the backward pass. The directions add to the same result and the same gradient, so that no two halves are joined.
 """
 
@@ -8,49 +8,87 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from genossm.ops.kernels import causal_conv1d_triton
 from genossm.ops.kernels.selective_scan_triton import Scan
 
 _PARAMETERS = 7
+_PIECE = 1 << 26
+"""Values of a result whose rows go through together."""
 
 
 class MambaMix(torch.autograd.Function):
-    """xz, lengths, directions' `reverse`, then 7 parameters a direction -> y; tensors as in `genossm.ops.mamba_mix`."""
+    """x, weight and bias of the projection in, lengths, directions' `reverse`, then 7 parameters a direction -> y.
+
+    Tensors are as in `genossm.ops.mamba_mix`.
+    """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        xz, lengths, reverses, *parameters = given
-        x, z = xz.chunk(2, dim=-1)
-        y = torch.empty(x.shape, dtype=xz.dtype, device=xz.device)
+        x, weight, bias, lengths, reverses, *parameters = given
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        y = torch.empty(
+            *x.shape[:2], parameters[0].shape[0], dtype=x.dtype if weight is None else dtype, device=x.device
+        )
         entering: list[Tensor] = []
         with torch.autocast("cuda", enabled=False):
-            for index, reverse in enumerate(reverses):
-                _, _, scan = _selected(x, z, lengths, reverse, parameters[index * _PARAMETERS :])
-                entering.append(scan.enter(scan.u, None, adjoint=False)[0])
-                scan.forward(entering[-1], y, add=index > 0)
-        ctx.save_for_backward(xz, lengths, *parameters, *entering)
+            for rows in _pieces(y):
+                a, z = _projected(x[rows], weight, bias, y.dtype).chunk(2, dim=-1)
+                for index, reverse in enumerate(reverses):
+                    _, _, scan = _selected(a, z, _of(lengths, rows), reverse, parameters[index * _PARAMETERS :])
+                    entering.append(scan.enter(scan.u, None, adjoint=False)[0])
+                    scan.forward(entering[-1], y[rows], add=index > 0)
+        ctx.save_for_backward(x, weight, bias, lengths, *parameters, *entering)
         ctx.reverses = reverses
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        xz, lengths, *saved = ctx.saved_tensors
-        x, z = xz.chunk(2, dim=-1)
-        d_xz = torch.empty_like(xz)
-        dx, dz = d_xz.chunk(2, dim=-1)
-        found: list[Tensor | None] = []
-        for index, reverse in enumerate(ctx.reverses):
-            parameters = saved[index * _PARAMETERS : (index + 1) * _PARAMETERS]
-            entering = saved[len(ctx.reverses) * _PARAMETERS + index]
-            found += _direction_backward(
-                grads[0].contiguous(), x, z, lengths, reverse, parameters, entering, dx, dz, index > 0
-            )
-        typed = (
-            None if d is None or p is None else d.to(p.dtype)
-            for d, p in zip(found, saved[: len(found)], strict=True)
-        )  # fmt: skip
-        return (d_xz, None, None, *typed)
+        x, weight, bias, lengths, *saved = ctx.saved_tensors
+        ways = len(ctx.reverses)
+        entering = iter(saved[ways * _PARAMETERS :])
+        dy = grads[0].contiguous()
+        d_x = torch.empty_like(x)
+        total: list[Tensor | None] = []
+        for rows in _pieces(dy):
+            xz = _projected(x[rows], weight, bias, dy.dtype)
+            d_xz = d_x[rows] if weight is None else torch.empty_like(xz)
+            (a, z), (da, dz) = xz.chunk(2, dim=-1), d_xz.chunk(2, dim=-1)
+            found: list[Tensor | None] = []
+            for index, reverse in enumerate(ctx.reverses):
+                found += _direction_backward(
+                    *(dy[rows], a, z, _of(lengths, rows), reverse),
+                    *(saved[index * _PARAMETERS : (index + 1) * _PARAMETERS], next(entering), da, dz, index > 0),
+                )
+            if weight is not None:
+                d_xz, here = d_xz.flatten(0, 1), x[rows].to(dy.dtype).flatten(0, 1)
+                d_x[rows] = (d_xz @ weight.to(dy.dtype)).view(x[rows].shape)
+                found = [d_xz.T @ here, None if bias is None else d_xz.sum(0, dtype=torch.float32), *found]
+            total = found if not total else [_sum(*pair) for pair in zip(total, found, strict=True)]
+        owners = [*([] if weight is None else [weight, bias]), *saved[: ways * _PARAMETERS]]
+        typed = [None if d is None or p is None else d.to(p.dtype) for d, p in zip(total, owners, strict=True)]
+        return (d_x, *(typed[:2] if weight is not None else (None, None)), None, None, *typed[-ways * _PARAMETERS :])
+
+
+def _pieces(y: Tensor) -> list[slice]:
+    """Return the rows that go through at once: what a long one needs on its way is as large as what is kept."""
+    several = max(1, _PIECE // y[0].numel())
+    return [slice(first, first + several) for first in range(0, len(y), several)]
+
+
+def _of(lengths: Tensor | None, rows: slice) -> Tensor | None:
+    return None if lengths is None else lengths[rows]
+
+
+def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if weight is None:
+        return x
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one.float() + other.float()
 
 
 def _selected(
