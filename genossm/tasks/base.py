@@ -8,12 +8,16 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric
 
 from genossm.data.base import Batch
 from genossm.data.transforms import IGNORED, Objective
 from genossm.models.base import Backbone
 from genossm.optim import Optim
+
+_PIECE = 1 << 16
+"""Targets whose logits exist at once."""
 
 
 class Task(L.LightningModule, ABC):
@@ -70,16 +74,21 @@ class LanguageModel(Task):
 
     def losses(self, batch: Batch, counted_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss of each target in nats, whether it was guessed, and its weight, one row a counted target."""
-        x_BLD = self.model(batch["ids_BL"], batch.get("lengths_B"))
+        x_MD = self.model(batch["ids_BL"], batch.get("lengths_B"))[counted_BL]
         targets_M = batch["targets"][counted_BL].long()
-        logits_MV = self.model.logits(x_BLD[counted_BL]).float()
+        # A long row's logits are never whole: each piece's are made again in the backward pass.
+        pieces = zip(x_MD.split(_PIECE), targets_M.split(_PIECE), strict=True)
+        again = torch.is_grad_enabled() and len(x_MD) > _PIECE
+        found = [
+            checkpoint(self._guess, *piece, use_reentrant=False) if again else self._guess(*piece) for piece in pieces
+        ]
+        nats_M, guessed_M = (torch.cat(parts) for parts in zip(*found, strict=True))
         weights_BL = batch.get("weights_BL")
-        weights_M = torch.ones_like(logits_MV[:, 0]) if weights_BL is None else weights_BL[counted_BL]
-        return (
-            F.cross_entropy(logits_MV, targets_M, reduction="none"),
-            logits_MV.argmax(-1) == targets_M,
-            weights_M,
-        )
+        return nats_M, guessed_M, torch.ones_like(nats_M) if weights_BL is None else weights_BL[counted_BL]
+
+    def _guess(self, x_MD: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+        logits_MV = self.model.logits(x_MD).float()
+        return F.cross_entropy(logits_MV, targets_M, reduction="none"), logits_MV.argmax(-1) == targets_M
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the weighted mean loss in nats a target."""

@@ -1,0 +1,33 @@
+"""Language modelling: its loss does not depend on how many logits exist at once."""
+
+import torch
+
+import genossm.tasks.base as base
+from genossm.models.transformer import TransformerConfig
+from genossm.optim import Optim
+from genossm.tasks.causal_lm import CausalLM
+
+
+def test_losses_in_pieces_are_those_of_the_whole(monkeypatch):
+    task = CausalLM(TransformerConfig(d_model=8, n_layer=1, n_head=2).build().eval(), Optim(), steps=1)
+    ids_BL = torch.randint(7, 11, (2, 9))
+    batch = {"ids_BL": ids_BL, "targets": ids_BL.roll(-1, 1), "weights_BL": torch.rand(2, 9)}
+    counted_BL = torch.rand(2, 9) < 0.8
+    found = []
+    for piece in (100, 4):
+        monkeypatch.setattr(base, "_PIECE", piece)
+        nats_M, guessed_M, weights_M = task.losses(batch, counted_BL)
+        gradients = torch.autograd.grad((nats_M * weights_M).sum(), list(task.model.parameters()))
+        found.append([nats_M, guessed_M, weights_M, *gradients])
+    assert len(found[0][0]) == int(counted_BL.sum())
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_no_target_is_no_row():
+    task = CausalLM(TransformerConfig(d_model=8, n_layer=1, n_head=2).build().eval(), Optim(), steps=1)
+    ids_BL = torch.randint(7, 11, (2, 9))
+    nats_M, guessed_M, weights_M = task.losses(
+        {"ids_BL": ids_BL, "targets": ids_BL}, torch.zeros(2, 9, dtype=torch.bool)
+    )
+    assert len(nats_M) == len(guessed_M) == len(weights_M) == 0
