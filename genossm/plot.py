@@ -169,6 +169,8 @@ def plot_loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, f
 def plot_scaling(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Draw time over length, both logarithmic, one line a backbone, training and inference side by side.
 
+    A line has the fastest variant of each length.
+
     Args:
         rows: those of `genossm bench scaling`.
         path: a .png, .svg or .pdf file.
@@ -183,14 +185,15 @@ def plot_scaling(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     for work, axes in zip(("training", "inference"), panels, strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
+        lines: dict[str, dict[int, float]] = {}
         for row in rows:
             series, _, length = row["comparison"].rpartition(" ")
             name, _, kind = series.rpartition(" ")
             if kind == work and not math.isnan(row["seconds"]):
-                lines.setdefault(name, []).append((int(length), 1e3 * row["seconds"]))
-        for name, points in lines.items():
-            axes.loglog(*zip(*points, strict=True), marker="o", ms=4, label=name)
+                line = lines.setdefault(name, {})
+                line[int(length)] = min(1e3 * row["seconds"], line.get(int(length), math.inf))
+        for name, line in lines.items():
+            axes.loglog(*zip(*line.items(), strict=True), marker="o", ms=4, label=name)
         axes.set(xlabel="length in tokens", title=work)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("ms")

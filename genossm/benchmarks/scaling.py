@@ -12,8 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from genossm.benchmarks.base import Comparison, Run
 from genossm.models.base import config_from_dict
 
-LENGTHS = {"cuda": (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20), "cpu": (1 << 10, 1 << 12)}
+LENGTHS = {"cuda": (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22), "cpu": (1 << 10, 1 << 12)}
 """Lengths by kind of device."""
+_LONGEST_ATTENTION = 1 << 20
+"""Where a Transformer stops: its next length would take minutes a step."""
+_LONGEST_RECORDED = 1 << 16
+"""Up to here asking for kernels may take longer than running them, so that a step is also recorded as a CUDA graph."""
 SHAPES: dict[str, dict[str, Any]] = {
     "hyenadna": {"model_type": "hyenadna", "d_model": 128, "n_layer": 2},
     "caduceus": {"model_type": "caduceus", "d_model": 128, "n_layer": 4},
@@ -39,6 +43,7 @@ def comparisons(device: torch.device) -> list[Comparison]:
         if device.type == "cuda" or "cuDNN" not in name
         for work in ("training", "inference")
         for length in LENGTHS[device.type]
+        if length <= _LONGEST_ATTENTION or "transformer" not in name
     ]
 
 
@@ -50,19 +55,36 @@ def _build(name: str, work: str, length: int, device: torch.device) -> Mapping[s
     ids_BL = torch.randint(7, 11, (1, length), device=device)
     attention = partial(_attention, name, device)
 
-    def infer() -> None:
-        with attention(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    def infer(cached: bool = True) -> None:
+        with attention(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, cache_enabled=cached):
             model(ids_BL)
 
-    def train() -> None:
+    def train(cached: bool = True) -> None:
         with attention():
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=cached):
                 loss = model(ids_BL).float().square().mean()
             loss.backward()
         model.zero_grad(set_to_none=True)
 
-    run: Callable[[], None] = train if work == "training" else infer
-    return {f"{model.num_parameters():,} parameters": run}
+    run: Callable[..., None] = train if work == "training" else infer
+    variants: dict[str, Run] = {f"{model.num_parameters():,} parameters": run}
+    if device.type == "cuda" and length <= _LONGEST_RECORDED:
+        variants["as a CUDA graph"] = _recorded(partial(run, cached=False))
+    return variants
+
+
+def _recorded(run: Run) -> Run:
+    """Record a run, so that its kernels start without Python: `torch.cuda.CUDAGraph` works with every backbone."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def _attention(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -74,18 +96,25 @@ def _attention(name: str, device: torch.device) -> contextlib.AbstractContextMan
     )
 
 
+def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return the seconds of each backbone and kind of work by length, those of its fastest variant that ran."""
+    times: dict[str, dict[int, float]] = {}
+    for row in rows:
+        series, _, length = row["comparison"].rpartition(" ")
+        if not math.isnan(row["seconds"]):
+            points = times.setdefault(series, {})
+            points[int(length)] = min(row["seconds"], points.get(int(length), math.inf))
+    return times
+
+
 def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return, for each backbone and kind of work, the power of the length that its time grows with at the long end.
 
     The slope of log time over log length between the two longest lengths that ran.
     """
-    times: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        series, _, length = row["comparison"].rpartition(" ")
-        if not math.isnan(row["seconds"]):
-            times.setdefault(series, []).append((int(length), row["seconds"]))
-    return {
-        series: math.log(points[-1][1] / points[-2][1]) / math.log(points[-1][0] / points[-2][0])
-        for series, points in times.items()
-        if len(points) > 1
-    }
+    powers: dict[str, float] = {}
+    for series, points in fastest(rows).items():
+        if len(points) > 1:
+            (short, less), (long, more) = sorted(points.items())[-2:]
+            powers[series] = math.log(more / less) / math.log(long / short)
+    return powers
