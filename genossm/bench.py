@@ -126,7 +126,7 @@ def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
     shown = Table(title=f"bench {topic} ({where})")
     for name in ("comparison", "variant"):
         shown.add_column(name)
-    for name in ("ms", "tokens/s", "speed", "peak MiB", "held MiB"):
+    for name in ("ms", "tokens/s", "speed", "peak MiB", "held MiB", "target"):
         shown.add_column(name, justify="right")
     before = None
     for row in rows:
@@ -139,6 +139,7 @@ def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
             f"{row['ratio']:.2f}x",
             "" if peak is None else f"{peak:,.0f}",
             "" if held is None else f"{held:,.2f}",
+            row["target"],
         )
         before = row["comparison"]
     return shown

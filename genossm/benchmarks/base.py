@@ -5,7 +5,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,6 +31,8 @@ class Comparison:
     """Whether the peak of memory above the inputs is measured, in one more run of each variant."""
     held: Callable[[], float] | None = None
     """MiB that stay between runs, such as a state; asked for after the last run."""
+    targets: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What a variant is held to, in words, such as "20x, 21 MiB"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Row:
     runs: int
     held_mib: float | None = None
     """Memory that stays between runs; None where the notion makes no sense."""
+    target: str = ""
+    """What the variant is held to."""
 
 
 def measure(comparison: Comparison, device: torch.device, seconds: float = 3.0, least: int = 3) -> list[Row]:
@@ -85,9 +89,10 @@ def measure(comparison: Comparison, device: torch.device, seconds: float = 3.0, 
 
 def _measure(comparison: Comparison, device: torch.device, seconds: float, least: int) -> list[Row]:
     variants = comparison.build()
+    # The first runs compile kernels and make threads, which is neither time nor memory of the work itself.
+    slowest = max(_timed(run, device) for run in variants.values())
     peaks = {name: peak_mib(run, device) if comparison.memory else None for name, run in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
-    slowest = max(_timed(run, device) for run in variants.values())
     if slowest > seconds:
         least = 1
     began = time.perf_counter()
@@ -109,6 +114,7 @@ def _measure(comparison: Comparison, device: torch.device, seconds: float, least
             peak_mib=peaks[name],
             runs=rounds,
             held_mib=comparison.held() if comparison.held is not None else None,
+            target=comparison.targets.get(name, ""),
         )
         for name, taken in times.items()
     ]
