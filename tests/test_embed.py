@@ -8,9 +8,11 @@ import torch
 import genossm
 from genossm import checkpoint
 from genossm.dna import alphabet
+from genossm.dna.tokenizer import tokenizer_named
 from genossm.embed import embed
 from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.models.mamba import MambaConfig
+from genossm.models.nucleotide_transformer import NucleotideTransformerConfig
 from genossm.models.transformer import TransformerConfig
 from genossm.tables import provenance_of
 
@@ -54,6 +56,17 @@ def test_pooling_is_what_it_says_whatever_else_is_in_the_batch(hyena, texts, poo
         np.testing.assert_allclose(row, truth[pooling](states(hyena, text)), atol=1e-5)
     alone = np.concatenate([embed(hyena, [text], pooling=pooling).array() for text in texts])
     np.testing.assert_allclose(got, alone, atol=1e-5)
+
+
+def test_six_bases_a_token_are_read_by_their_own_tokenizer(texts):
+    torch.manual_seed(3)
+    shape = {"d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 16, "vocab_size": 4105, "pad_vocab_size_multiple": 1}
+    model = NucleotideTransformerConfig(**shape, tokenizer="nt_v1", positions="absolute").build().eval()
+    got = embed(model, texts).array()
+    for row, text in zip(got, texts, strict=True):
+        ids = torch.from_numpy(tokenizer_named("nt_v1").encode(text))[None]
+        with torch.no_grad():
+            np.testing.assert_allclose(row, model(ids)[0].mean(0), atol=1e-5)
 
 
 def test_per_base_and_windows_agree(hyena, texts):

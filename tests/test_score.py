@@ -11,6 +11,7 @@ from genossm.dna import alphabet
 from genossm.dna.variant import Variant, Vcf, normalise
 from genossm.models.base import model_types
 from genossm.models.hyenadna import HyenaDNAConfig
+from genossm.models.nucleotide_transformer import NucleotideTransformerConfig
 from genossm.models.transformer import TransformerConfig
 from genossm.score import score
 
@@ -65,7 +66,10 @@ def build(kind):
         return HyenaDNAConfig(d_model=16, n_layer=2, max_length=64, bidirectional=True).build().eval()
     if kind == "transformer":
         return TransformerConfig(d_model=16, n_layer=2, n_head=2).build().eval()
-    shape = {"headdim": 16, "d_state": 16} if kind == "mamba2" else {}
+    if kind == "nucleotide_transformer":
+        shape = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "pad_id": 4, "mask_id": 3}
+        return NucleotideTransformerConfig(**shape, vocab_size=12, tokenizer="char").build().eval()
+    shape = {"mamba2": {"headdim": 16, "d_state": 16}, "striped_hyena": {"attn_layer_idx": ()}}.get(kind, {})
     return model_types()[kind](d_model=16, n_layer=2, **shape).build().eval()
 
 
@@ -109,7 +113,7 @@ def test_causal_ratio_is_that_of_whole_windows_on_both_strands(kind, contig, gen
         assert row["llr"] == pytest.approx(both_strands(model, contig, start, ref, alt), abs=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "striped_hyena"])
 def test_sharing_the_state_changes_nothing(kind, genome, vcf):
     model = build(kind)
     options = {"vcf": vcf, "genome": genome, "window": 64, "methods": ["llr", "l2", "cosine"]}
@@ -120,7 +124,7 @@ def test_sharing_the_state_changes_nothing(kind, genome, vcf):
         assert np.isfinite(one).sum() == 10
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "hyena"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "striped_hyena", "hyena"])
 def test_sites_in_one_window_share_its_reference(kind, contig, genome, vcf, monkeypatch):
     model = build(kind)
     tokens = []
@@ -145,8 +149,9 @@ def test_sites_in_one_window_share_its_reference(kind, contig, genome, vcf, monk
         score(model, vcf=vcf, genome=genome, window=64, grid=17)
 
 
-def test_masked_ratio_is_at_the_site_of_a_hidden_base(contig, genome, vcf):
-    model = build("bidirectional")
+@pytest.mark.parametrize("kind", ["bidirectional", "nucleotide_transformer"])
+def test_masked_ratio_is_at_the_site_of_a_hidden_base(kind, contig, genome, vcf):
+    model = build(kind)
     rows = score(model, vcf=vcf, genome=genome, window=64, strand="forward").table.to_pylist()
     row = rows[2]
     first = 99 - 32
