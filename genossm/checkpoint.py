@@ -12,6 +12,7 @@ from torch import Tensor
 import genossm
 from genossm import published
 from genossm.files import write_folder_atomically
+from genossm.layouts.base import PublishedConfig, labelled
 from genossm.models.base import Backbone, config_from_dict
 from genossm.models.classifier import Classifier
 from genossm.nn.head import HeadConfig
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEAD = "head"
 """Key of a head in config.json and prefix of its tensors; the backbone's keep the names that they have without one."""
+_CLASSIFIER = "GenossmForSequenceClassification"
 
 
 def save(model: Backbone | Classifier, folder: str | Path, notes: dict[str, Any] | None = None) -> Path:
@@ -56,7 +58,8 @@ def save(model: Backbone | Classifier, folder: str | Path, notes: dict[str, Any]
 
 
 def load(source: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> Backbone:
-    """Open a backbone: one of ours, or a published checkpoint of a family that `genossm.layouts` knows.
+    """Open a backbone: one of ours, also as it was written for transformers, or a published checkpoint of a family that
+    `genossm.layouts` knows.
 
     Every tensor is read once, mapped from its file; nothing in a file or a repository is executed.
 
@@ -83,8 +86,9 @@ def load(source: str | Path, device: str | torch.device = "cpu", revision: str |
         return imported.backbone
     with no_weights():
         model = config_from_dict(_shape(values)).build()
-    tensors = found.read_tensors(device)
-    assign(model, {name: t for name, t in tensors.items() if not name.startswith(f"{HEAD}.")}, found.name, device)
+    named = _named(found.read_tensors(device), values, model)
+    inside = {name.removeprefix("backbone."): t for name, t in named.items() if not name.startswith(f"{HEAD}.")}
+    assign(model, inside, found.name, device)
     return model.eval()
 
 
@@ -117,25 +121,55 @@ def load_classifier(
         if imported.classifier is None:
             raise ValueError(f"{source} holds a backbone without a head; fine-tune it first, or open it with load.")
         return imported.classifier
-    if HEAD not in values:
+    if not has_head(values):
         raise ValueError(f"{source} holds a backbone without a head; fine-tune it first, or open it with load.")
-    head = HeadConfig.from_dict(values[HEAD])
+    head = _head(values, found.name)
     if pooling is not None:
         head = dataclasses.replace(head, pooling=pooling)
     with no_weights():
         model = Classifier(config_from_dict(_shape(values)).build(), head)
-    tensors = found.read_tensors(device)
-    prefixed = {name if name.startswith(f"{HEAD}.") else f"backbone.{name}": t for name, t in tensors.items()}
-    assign(model, prefixed, found.name, device)
+    assign(model, _named(found.read_tensors(device), values, model.backbone), found.name, device)
     return model.eval()
+
+
+def has_head(values: dict[str, Any]) -> bool:
+    """Tell whether a config.json of ours is that of a model with a head."""
+    return values.get(HEAD) is not None or (_is_exported(values) and _CLASSIFIER in str(values.get("architectures")))
 
 
 def _is_ours(values: dict[str, Any]) -> bool:
     return "genossm_version" in values
 
 
+def _is_exported(values: dict[str, Any]) -> bool:
+    """Tell whether a folder was written for transformers, where the backbone's config is inside another."""
+    return values.get("model_type") == "genossm" and isinstance(values.get("backbone"), dict)
+
+
 def _shape(values: dict[str, Any]) -> dict[str, Any]:
+    if _is_exported(values):
+        return dict(values["backbone"])
     return {key: value for key, value in values.items() if key not in ("genossm_version", "notes", HEAD)}
+
+
+def _head(values: dict[str, Any], source: str) -> HeadConfig:
+    """Return the shape of a head; one that transformers added has the shape that the exported code gives it."""
+    if values.get(HEAD) is not None:
+        return HeadConfig.from_dict(values[HEAD])
+    both = bool(_shape(values).get("rcps"))
+    return HeadConfig(**labelled(PublishedConfig(values, source).labels), strands=2 if both else 1)
+
+
+def _named(tensors: dict[str, Tensor], values: dict[str, Any], backbone: Backbone) -> dict[str, Tensor]:
+    """Return tensors as a model with a head names them, without the tables that an exported folder holds besides."""
+    if not _is_exported(values):
+        return {name if name.startswith(f"{HEAD}.") else f"backbone.{name}": t for name, t in tensors.items()}
+    tables = {
+        ".".join(filter(None, ("backbone", prefix, leaf)))
+        for prefix, module in backbone.named_modules(remove_duplicate=False)
+        for leaf in module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in tensors.items() if name not in tables}
 
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def _open(source: str, revision: str | None) -> tuple[Backbone | Classifier, Ori
     if "genossm_version" not in values:
         imported = published.read(found)
         return imported.classifier or imported.backbone, imported.origin
-    opened = checkpoint.load_classifier if checkpoint.HEAD in values else checkpoint.load
+    opened = checkpoint.load_classifier if checkpoint.has_head(values) else checkpoint.load
     return opened(source, revision=revision), _read_origin(found.weights.parent)
 
 

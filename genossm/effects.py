@@ -419,6 +419,6 @@ def open_classifier(model: Any) -> Classifier | None:
         return model
     if isinstance(model, str | Path):
         config = Path(model) / checkpoint.CONFIG
-        if config.is_file() and checkpoint.HEAD in json.loads(config.read_text()):
+        if config.is_file() and checkpoint.has_head(json.loads(config.read_text())):
             return checkpoint.load_classifier(model)
     return None

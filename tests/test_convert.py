@@ -48,7 +48,10 @@ for folder, kind in json.loads(sys.argv[1]):
         if kind == "AutoModelForCausalLM":
             out["generated"] = model.generate(ids[:1, :5], max_new_tokens=6, do_sample=False)
         if kind != "AutoModelForSequenceClassification":
-            out["head"] = opened("AutoModelForSequenceClassification")(ids[:1]).logits
+            classifier = opened("AutoModelForSequenceClassification").eval()
+            out["head"] = classifier(ids[:1]).logits
+            if folder.endswith("hybrid"):
+                classifier.save_pretrained(folder + "-head")
     model.train()
     labels = ids[:, 0] % 2 if kind.endswith("Classification") else ids
     model(ids, labels=labels).loss.backward()
@@ -237,6 +240,28 @@ def test_its_code_is_one_plain_file_and_its_card_says_what_is_known(case, outsid
     assert ("  - mcc: 0.5" in card) == (case == "cnn")
     assert "- layout: hyenadna-hf" in card or case == "cnn"
     assert "| n_layer | 2 |" in card
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_what_transformers_saved_comes_back(case, outside):
+    folder, opened = outside
+    model, ids = opened[case]
+    saved = folder / f"{case}-again"
+    again = (checkpoint.load_classifier if CASES[case] == CLS else checkpoint.load)(saved)
+    assert torch.equal(again(ids), model(ids))
+    if CASES[case] != CLS:
+        with pytest.raises(ValueError, match="without a head"):
+            checkpoint.load_classifier(saved)
+
+
+def test_a_head_that_transformers_added_comes_back(outside):
+    folder, _ = outside
+    got = np.load(folder / "hybrid.out.npz")
+    again = checkpoint.load_classifier(folder / "hybrid-head")
+    with torch.no_grad():
+        answers = again(torch.from_numpy(np.load(folder / "hybrid.npz")["input_ids"][:1]))
+    np.testing.assert_allclose(answers.numpy(), got["head"], atol=2e-5)
 
 
 def test_names_of_the_answers_are_those_of_transformers(outside):
