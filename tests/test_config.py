@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from genossm.cli import main
 from genossm.config import check, choices, compose, launch
 from genossm.train import TrainResult
 
@@ -90,3 +91,12 @@ def test_json_alone_is_on_the_standard_output(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["metrics"] == {"val/bits": 7.0}
     assert "a report for the eyes" in captured.err
+
+
+def test_threads_of_the_command_line_wait_awake_for_a_while_alone(monkeypatch, capsys):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setattr(sys, "argv", ["genossm", "train", "--cfg", "job"])
+    main()
+    assert int(os.environ["GOMP_SPINCOUNT"]) > 0
+    assert "max_steps" in capsys.readouterr().out
