@@ -375,6 +375,7 @@ def _shape(x: Tensor, B: Tensor, reach: Tensor, met_BL: Tensor | None, reverse: 
     positions = reach.shape[2]
     # Triton's interpreter, which takes CPU tensors, has no products of bfloat16.
     half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    roomy = _roomy(x.device)
     return _Shape(
         (length, positions, heads, groups, width, states, positions // _CHUNK),
         {
@@ -383,19 +384,19 @@ def _shape(x: Tensor, B: Tensor, reach: Tensor, met_BL: Tensor | None, reverse: 
             "HALF": half,
             "Q": _CHUNK,
             "BP": max(16, triton.next_power_of_2(width)),
-            "BN": min(_most_states(x.device), max(16, triton.next_power_of_2(states))),
-            # Fewer warps would keep a chunk's products in memory instead of registers.
-            "num_warps": 8,
+            "BN": min(64 if roomy else 16, max(16, triton.next_power_of_2(states))),
+            "num_warps": 4 if roomy else 8,
             # Tiles that are loaded ahead of their turn would not fit a multiprocessor's shared memory.
             "num_stages": 1,
         },
     )
 
 
-def _most_states(device: torch.device) -> int:
-    """Return the states of a tile: twice as many need up to 128 KiB of shared memory in float32 instead of 96."""
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
-    return 32 if shared >= 1 << 17 else 16
+def _roomy(device: torch.device) -> bool:
+    """Tell whether tiles of 64 states fit a GPU's shared memory, up to 192 KiB in float32; those of 16 take half."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 192 << 10
 
 
 def _states(
