@@ -52,18 +52,15 @@ def selective_scan(
     return (y_BLE, state_BEN) if return_state else y_BLE
 
 
-def tile_shape(batch: int, length: int, width: int) -> tuple[int, int, int, int]:
-    """Return a program's channels forward and backward, its positions, and how many of these it loads at once.
+def tile_shape(batch: int, length: int, width: int) -> tuple[int, int, int]:
+    """Return a program's channels, positions and positions at once.
 
-    Short sequences need small tiles, else too few of them fill a GPU. Backward, 64 channels would leave registers for
-    two thirds as many warps.
+    Short sequences need short tiles, else too few of them fill a GPU.
     """
     if triton_interpreted():
-        return 32, 32, 8, 4
+        return 32, 8, 4
     size = batch * width * length
-    if size >= 1 << 23 and width > 32:
-        return 64, 32, 128, 1
-    return 32, 32, 128 if size >= 1 << 23 else 64 if size >= 1 << 22 else 16, 1
+    return 64 if width > 32 else 32, 128 if size >= 1 << 25 else 64 if size >= 1 << 22 else 16, 2
 
 
 class Scan:
@@ -99,22 +96,19 @@ class Scan:
         self.A = pad(A.float() * math.log2(math.e), more).T.contiguous()
         self.D, self.bias = (None if x is None else x.float().contiguous() for x in (D, bias))
         self.rest = (self.bias, drop, lengths)
-        *self.channels, self.T, several = tile_shape(self.batch, self.length, self.width)
+        self.BD, self.T, unrolled = tile_shape(self.batch, self.length, self.width)
+        self.groups = triton.cdiv(self.width, self.BD)
         self.tiles = triton.cdiv(self.length, self.T)
         beyond = (*more, 0, self.tiles * self.T - self.length)
         self.B, self.C = (pad(x.float(), beyond).contiguous() for x in (B, C))
-        whole = self.width % max(self.channels) == 0 and self.length % self.T == 0
+        even = lengths is None and self.length % self.T == 0 and self.width % self.BD == 0
+        self.sizes = (1, self.width, self.length, self.tiles, self.groups)
         self.reverse = reverse
         self.flags = {
             "SOFTPLUS": softplus_on, "HAS_BIAS": bias is not None, "HAS_Z": z is not None, "HAS_DROP": drop is not None,
-            "HAS_LENGTHS": lengths is not None, "REVERSE": reverse, "EVEN": lengths is None and whole, "N": self.N,
-            "T": self.T, "U": several if self.N <= 16 else 1, "num_warps": 1,
+            "HAS_LENGTHS": lengths is not None, "REVERSE": reverse, "EVEN": even, "N": self.N, "BD": self.BD,
+            "T": self.T, "U": unrolled if self.N <= 16 else 1, "num_warps": 1,
         }  # fmt: skip
-
-    def _plan(self, backward: bool = False) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-        """Return a kernel's groups of channels, sizes and flags."""
-        groups = triton.cdiv(self.width, self.channels[backward])
-        return groups, (1, self.width, self.length, self.tiles, groups), self.flags | {"BD": self.channels[backward]}
 
     def to_states(self, x_BEN: Tensor) -> Tensor:
         """Return a state of the caller as the kernels hold it, (B, N, E)."""
@@ -128,10 +122,9 @@ class Scan:
         """Return what enters each tile and what leaves the last one, for the state or its adjoint."""
         edge = torch.empty(self.batch, self.tiles, self.N, self.width, device=x.device)
         decay = torch.empty(self.batch, self.tiles, self.width, device=x.device)
-        groups, sizes, flags = self._plan()
-        selective_scan_walks.edges[(self.tiles * groups, self.batch)](
-            x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay, *sizes,
-            *x.stride(), *self.dt.stride(), *_strides(self.z), ADJOINT=adjoint, **flags,
+        selective_scan_walks.edges[(self.tiles * self.groups, self.batch)](
+            x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay, *self.sizes,
+            *x.stride(), *self.dt.stride(), *_strides(self.z), ADJOINT=adjoint, **self.flags,
         )  # fmt: skip
         entering, last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
         # Many tiles at once hide the latency of a long chain; a short one would only pay for what it lacks.
@@ -144,11 +137,10 @@ class Scan:
 
     def forward(self, entering: Tensor, y: Tensor, add: bool = False) -> None:
         """Write the result, or add it to what is there."""
-        groups, sizes, flags = self._plan()
-        selective_scan_walks.forward[(self.tiles * groups, self.batch)](
-            self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, y, *sizes,
+        selective_scan_walks.forward[(self.tiles * self.groups, self.batch)](
+            self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, y, *self.sizes,
             *self.u.stride(), *self.dt.stride(), *_strides(self.z), *y.stride(), HAS_D=self.D is not None, ADD=add,
-            **flags,
+            **self.flags,
         )  # fmt: skip
 
     def backward(
@@ -163,7 +155,6 @@ class Scan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Write the gradients of u, dt and z (added to what is there where `add`); return those of A, B, C, D, bias."""
         batch, length, width, N = self.batch, self.length, self.width, self.N
-        groups, sizes, flags = self._plan(backward=True)
         device = dy.device
         dA_parts = torch.empty_like(entering)
         dD_parts, dbias_parts = (
@@ -172,19 +163,19 @@ class Scan:
         dB_BLN, dC_BLN = torch.empty(2, batch, length, N, device=device)
         # 16 bit inputs don't deserve 32 bit parts.
         dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
-        a_tile = self.T * batch * (4 * width + 2 * groups * N * dtype.itemsize)
+        a_tile = self.T * batch * (4 * width + 2 * self.groups * N * dtype.itemsize)
         tiles = max(1, min(self.tiles, _PIECE_BYTES // a_tile))
         piece = tiles * self.T
         partial = torch.empty(batch, piece, width, device=device)
-        parts = torch.empty(2, batch, groups, piece, N, dtype=dtype, device=device)
+        parts = torch.empty(2, batch, self.groups, piece, N, dtype=dtype, device=device)
         strides = [s for x in (self.u, self.dt, self.z, dy, du, ddt, dz) for s in _strides(x)]
         for first in range(0, self.tiles, tiles):
             count = min(tiles, self.tiles - first)
-            selective_scan_walks.backward[(count * groups, batch)](
+            selective_scan_walks.backward[(count * self.groups, batch)](
                 self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, adjoint, dy, du, ddt, dz,
-                partial, dA_parts, parts[0], parts[1], dD_parts, dbias_parts, first, piece, *sizes, *strides,
-                HAS_D=self.D is not None, ADD=add, P=min(self.T, 16),
-                PRECISION="bf16" if dtype == torch.bfloat16 and not triton_interpreted() else "tf32x3", **flags,
+                partial, dA_parts, parts[0], parts[1], dD_parts, dbias_parts, first, piece, *self.sizes, *strides,
+                HAS_D=self.D is not None, ADD=add,
+                PRECISION="bf16" if dtype == torch.bfloat16 and not triton_interpreted() else "tf32x3", **self.flags,
             )  # fmt: skip
             here = slice(first * self.T, min(length, (first + count) * self.T))
             taken = parts[..., : here.stop - here.start, :]

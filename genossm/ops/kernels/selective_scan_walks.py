@@ -46,24 +46,13 @@ def _place(lengths, E, L, groups, first_tile, one, HAS_LENGTHS: tl.constexpr, BD
 
 
 @triton.jit
-def _fetch(rows, i, start, ends, step, BACK: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, U: tl.constexpr):
-    """Begin to load the U positions of a walk from its i-th on; behind its end the last ones once more."""
+def _several(rows, i, start, ends, step, BACK: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, U: tl.constexpr):
+    """Load U positions in the order of a walk, so that all are under way before the first is needed."""
     values = ()
-    first = tl.minimum(i, T - U)
     for k in tl.static_range(U):
-        t = T - 1 - first - k if BACK else first + k
-        values += (tl.load(rows + t * step) if EVEN else tl.load(rows + t * step, start + t < ends, 0.0),)
-    return values
-
-
-@triton.jit
-def _fetch_states(rows, i, N: tl.constexpr, BACK: tl.constexpr, T: tl.constexpr, U: tl.constexpr):
-    """Begin to load rows of B or C, as `_fetch`; these are padded."""
-    values = ()
-    first = tl.minimum(i, T - U)
-    for k in tl.static_range(U):
-        t = T - 1 - first - k if BACK else first + k
-        values += (tl.load(rows + t * N + tl.arange(0, N)),)
+        t = T - 1 - i - k if BACK else i + k
+        loaded = tl.load(rows + t * step) if EVEN else tl.load(rows + t * step, start + t < ends, 0.0)
+        values += (loaded.to(tl.float32),)
     return values
 
 
@@ -97,23 +86,16 @@ def _keep(drop, at, L, t, HAS_DROP: tl.constexpr):
 
 
 @triton.jit
-def _put_sums(sums, r, x, N: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """Put the sums over channels of x [N, BD] into row r; a product with ones gives them in every row."""
+def _store_sums(x, at, L, p, parts, N: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """Store the sums over channels of x [N, BD] for position p; of 16 equal rows of a product one."""
     x = tl.trans(x)
     if PRECISION == "bf16":
-        found = tl.dot(tl.full([16, BD], 1.0, tl.bfloat16), x.to(tl.bfloat16))
+        sums = tl.dot(tl.full([16, BD], 1.0, tl.bfloat16), x.to(tl.bfloat16))
     else:
-        found = tl.dot(tl.full([16, BD], 1.0, tl.float32), x, input_precision=PRECISION)
-    return tl.where(tl.arange(0, 16)[:, None] == r, found, sums)
-
-
-@triton.jit
-def _store_sums(parts, sums, j, start, L, N: tl.constexpr, BACK: tl.constexpr, T: tl.constexpr, P: tl.constexpr):
-    """Store the sums of P positions of a walk from its j-th on."""
-    r = tl.arange(0, 16)[:, None]
-    t = T - 1 - j - r if BACK else j + r
-    to = parts + t * N + tl.arange(0, N)[None, :]
-    tl.store(to, sums.to(parts.dtype.element_ty), (start + t < L) & (r < P))
+        sums = tl.dot(tl.full([16, BD], 1.0, tl.float32), x, input_precision=PRECISION)
+    rows = tl.arange(0, 16)[:, None] + tl.zeros([1, N], tl.int32)
+    to = parts + at + tl.arange(0, N)[None, :] + rows * 0
+    tl.store(to, sums.to(parts.dtype.element_ty), p < tl.where(rows == 0, L, 0))
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -136,30 +118,25 @@ def edges(
     whole = tl.zeros([BD], tl.float32)
     kept = 1.0
     BACK: tl.constexpr = ADJOINT != REVERSE
-    z_at = z + row * z_b + start * z_l + wide * z_e if ADJOINT and HAS_Z else x_at
-    next_raw = _fetch(dt_at, 0, start, ends, dt_l, BACK, EVEN, T, U)
-    next_values = _fetch(x_at, 0, start, ends, x_l, BACK, EVEN, T, U)
-    next_gates = _fetch(z_at, 0, start, ends, z_l, BACK, EVEN, T, U) if ADJOINT and HAS_Z else next_values
-    next_W = _fetch_states(W_at, 0, N, BACK, T, U)
     for i in range(0, T, U):
-        raw, values, gates, W_here = next_raw, next_values, next_gates, next_W
-        next_raw = _fetch(dt_at, i + U, start, ends, dt_l, BACK, EVEN, T, U)
-        next_values = _fetch(x_at, i + U, start, ends, x_l, BACK, EVEN, T, U)
-        next_gates = _fetch(z_at, i + U, start, ends, z_l, BACK, EVEN, T, U) if ADJOINT and HAS_Z else next_values
-        next_W = _fetch_states(W_at, i + U, N, BACK, T, U)
+        raw = _several(dt_at, i, start, ends, dt_l, BACK, EVEN, T, U)
+        values = _several(x_at, i, start, ends, x_l, BACK, EVEN, T, U)
+        gates = values
+        if ADJOINT and HAS_Z:
+            z_at = z + row * z_b + start * z_l + wide * z_e
+            gates = _several(z_at, i, start, ends, z_l, BACK, EVEN, T, U)
         for k in tl.static_range(U):
             t = T - 1 - i - k if BACK else i + k
-            step = _steps(raw[k].to(tl.float32), rate_bias, start + t < ends, SOFTPLUS, EVEN)
-            value = values[k].to(tl.float32)
+            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
+            value = values[k]
             if not ADJOINT:
                 value = value * step
             elif HAS_Z:
-                gate = gates[k].to(tl.float32)
-                value = value * gate * sigmoid(gate)
+                value = value * gates[k] * sigmoid(gates[k])
             keep = _keep(drop, row * L, L, start + t, HAS_DROP)
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
-            entered = value[None, :] * W_here[k].to(tl.float32)[:, None]
+            entered = value[None, :] * tl.load(W_at + t * N + tl.arange(0, N))[:, None]
             states = a * (states + entered) if ADJOINT else a * states + entered
             whole += step
             kept *= keep
@@ -220,37 +197,32 @@ def forward(
     B_at, C_at = B + at, C + at
     rates = _by_state(A, channel, inside, E, N, BD)
     states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
-    z_at = z + row * z_b + start * z_l + wide * z_e if HAS_Z else u_at
-    next_raw = _fetch(dt_at, 0, start, ends, dt_l, REVERSE, EVEN, T, U)
-    next_values = _fetch(u_at, 0, start, ends, u_l, REVERSE, EVEN, T, U)
-    next_gates = _fetch(z_at, 0, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_values
-    next_others = _fetch(y_at, 0, start, lasts, y_l, REVERSE, EVEN, T, U) if ADD else next_values
-    next_B, next_C = _fetch_states(B_at, 0, N, REVERSE, T, U), _fetch_states(C_at, 0, N, REVERSE, T, U)
     for i in range(0, T, U):
-        raw, values, gates, others, B_here, C_here = next_raw, next_values, next_gates, next_others, next_B, next_C
-        next_raw = _fetch(dt_at, i + U, start, ends, dt_l, REVERSE, EVEN, T, U)
-        next_values = _fetch(u_at, i + U, start, ends, u_l, REVERSE, EVEN, T, U)
-        next_gates = _fetch(z_at, i + U, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_values
-        next_others = _fetch(y_at, i + U, start, lasts, y_l, REVERSE, EVEN, T, U) if ADD else next_values
-        next_B, next_C = _fetch_states(B_at, i + U, N, REVERSE, T, U), _fetch_states(C_at, i + U, N, REVERSE, T, U)
+        raw = _several(dt_at, i, start, ends, dt_l, REVERSE, EVEN, T, U)
+        values = _several(u_at, i, start, ends, u_l, REVERSE, EVEN, T, U)
+        gates = values
+        others = values
+        if HAS_Z:
+            z_at = z + row * z_b + start * z_l + wide * z_e
+            gates = _several(z_at, i, start, ends, z_l, REVERSE, EVEN, T, U)
+        if ADD:
+            others = _several(y_at, i, start, lasts, y_l, REVERSE, EVEN, T, U)
         for k in tl.static_range(U):
             t = T - 1 - i - k if REVERSE else i + k
-            step = _steps(raw[k].to(tl.float32), rate_bias, start + t < ends, SOFTPLUS, EVEN)
-            u_here = values[k].to(tl.float32)
-            value = step * u_here
+            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
+            value = step * values[k]
             keep = _keep(drop, row * L, L, start + t, HAS_DROP)
-            result = skip * u_here
+            result = skip * values[k]
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
-            states = a * states + value[None, :] * B_here[k].to(tl.float32)[:, None]
-            result += tl.sum(C_here[k].to(tl.float32)[:, None] * states, 0)
+            states = a * states + value[None, :] * tl.load(B_at + t * N + tl.arange(0, N))[:, None]
+            result += tl.sum(tl.load(C_at + t * N + tl.arange(0, N))[:, None] * states, 0)
             if HAS_Z:
-                gate = gates[k].to(tl.float32)
-                result = result * gate * sigmoid(gate)
+                result = result * gates[k] * sigmoid(gates[k])
             if not EVEN:
                 result = tl.where(start + t < ends, result, 0.0)
             if ADD:
-                result += others[k].to(tl.float32)
+                result += others[k]
             tl.store(y_at + t * y_l, result.to(y.dtype.element_ty), start + t < lasts)
 
 
@@ -262,7 +234,7 @@ def backward(
     ddt_b, ddt_l, ddt_e, dz_b, dz_l, dz_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
+    BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk each tile from its end with adjoints, then from its start with states; dz is added to where ADD."""
     row, tile, channel, inside, start, ends, lasts = _place(lengths, E, L, groups, first_tile, one, HAS_LENGTHS, BD, T)
@@ -288,111 +260,77 @@ def backward(
     rest = tl.zeros([BD], tl.float32)
     fed = tl.zeros([BD], tl.float32)
     BACK: tl.constexpr = REVERSE == _FALSE
-    next_raw = _fetch(dt_at, 0, start, ends, dt_l, BACK, EVEN, T, U)
-    next_inputs = _fetch(u_at, 0, start, ends, u_l, BACK, EVEN, T, U)
-    next_grads = _fetch(dy_at, 0, start, ends, dy_l, BACK, EVEN, T, U)
-    next_gates = _fetch(z_at, 0, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else next_inputs
-    next_B, next_C = _fetch_states(B_at, 0, N, BACK, T, U), _fetch_states(C_at, 0, N, BACK, T, U)
-    for j in range(0, T, P):
-        sums = tl.zeros([16, N], tl.float32)
-        for i in range(j, j + P, U):
-            raw, inputs, grads, gates, B_here, C_here = next_raw, next_inputs, next_grads, next_gates, next_B, next_C
-            next_raw = _fetch(dt_at, i + U, start, ends, dt_l, BACK, EVEN, T, U)
-            next_inputs = _fetch(u_at, i + U, start, ends, u_l, BACK, EVEN, T, U)
-            next_grads = _fetch(dy_at, i + U, start, ends, dy_l, BACK, EVEN, T, U)
-            next_gates = _fetch(z_at, i + U, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else next_inputs
-            next_B, next_C = _fetch_states(B_at, i + U, N, BACK, T, U), _fetch_states(C_at, i + U, N, BACK, T, U)
-            for k in tl.static_range(U):
-                t = T - 1 - i - k if BACK else i + k
-                step = _steps(raw[k].to(tl.float32), rate_bias, start + t < ends, SOFTPLUS, EVEN)
-                u_here = inputs[k].to(tl.float32)
-                value = step * u_here
-                grad = grads[k].to(tl.float32)
-                if HAS_Z:
-                    gate = gates[k].to(tl.float32)
-                    grad = grad * gate * sigmoid(gate)
-                keep = _keep(drop, row * L, L, start + t, HAS_DROP)
-                weight = rest * value
-                a = tl.exp2(step[None, :] * rates)
-                a = a * keep if HAS_DROP else a
-                g = grad[None, :] * C_here[k].to(tl.float32)[:, None] + passed
-                read = g * B_here[k].to(tl.float32)[:, None]
-                passed = a * g
-                d_A += weight[None, :] * read
-                d_value = tl.sum(read, 0)
-                sums = _put_sums(sums, i + k - j, g * value[None, :], N, BD, PRECISION)
-                fed += value * tl.sum(rates * read, 0)
-                rest += step
-                d_D += grad * u_here
-                stored = start + t < lasts
-                tl.store(partial_at + t * E, d_value * u_here - fed * _LN2, stored)
-                d_u = (skip * grad + step * d_value).to(du.dtype.element_ty)
-                tl.store(du + row * du_b + start * du_l + wide * du_e + t * du_l, d_u, stored)
-        _store_sums(dB_parts + parts_at, sums, j, start, L, N, BACK, T, P)
+    for i in range(0, T, U):
+        raw = _several(dt_at, i, start, ends, dt_l, BACK, EVEN, T, U)
+        inputs = _several(u_at, i, start, ends, u_l, BACK, EVEN, T, U)
+        grads = _several(dy_at, i, start, ends, dy_l, BACK, EVEN, T, U)
+        gates = _several(z_at, i, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else inputs
+        for k in tl.static_range(U):
+            t = T - 1 - i - k if BACK else i + k
+            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
+            value = step * inputs[k]
+            grad = grads[k] * gates[k] * sigmoid(gates[k]) if HAS_Z else grads[k]
+            keep = _keep(drop, row * L, L, start + t, HAS_DROP)
+            weight = rest * value
+            a = tl.exp2(step[None, :] * rates)
+            a = a * keep if HAS_DROP else a
+            g = grad[None, :] * tl.load(C_at + t * N + tl.arange(0, N))[:, None] + passed
+            read = g * tl.load(B_at + t * N + tl.arange(0, N))[:, None]
+            passed = a * g
+            d_A += weight[None, :] * read
+            d_value = tl.sum(read, 0)
+            _store_sums(g * value[None, :], parts_at + t * N, L, start + t, dB_parts, N, BD, PRECISION)
+            stored = start + t < lasts
+            fed += value * tl.sum(rates * read, 0)
+            rest += step
+            d_D += grad * inputs[k]
+            tl.store(partial_at + t * E, d_value * inputs[k] - fed * _LN2, stored)
+            d_u = (skip * grad + step * d_value).to(du.dtype.element_ty)
+            tl.store(du + row * du_b + start * du_l + wide * du_e + t * du_l, d_u, stored)
     # Both factors of q at the tile's first position.
     states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
     q = passed * states
     decayed = fed + tl.sum(rates * q, 0)
     d_A += rest[None, :] * q
-    dz_at = dz + row * dz_b + start * dz_l + wide * dz_e if HAS_Z else partial_at
-    next_raw = _fetch(dt_at, 0, start, ends, dt_l, REVERSE, EVEN, T, U)
-    next_inputs = _fetch(u_at, 0, start, ends, u_l, REVERSE, EVEN, T, U)
-    next_grads = _fetch(dy_at, 0, start, ends, dy_l, REVERSE, EVEN, T, U)
-    next_gates = _fetch(z_at, 0, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_inputs
-    next_others = _fetch(dz_at, 0, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else next_inputs
-    next_partials = _fetch(partial_at, 0, start, lasts, E, REVERSE, EVEN, T, U)
-    next_B, next_C = _fetch_states(B_at, 0, N, REVERSE, T, U), _fetch_states(C_at, 0, N, REVERSE, T, U)
-    for j in range(0, T, P):
-        sums = tl.zeros([16, N], tl.float32)
-        for i in range(j, j + P, U):
-            raw, inputs, grads, gates, B_here, C_here = next_raw, next_inputs, next_grads, next_gates, next_B, next_C
-            others, partials = next_others, next_partials
-            next_raw = _fetch(dt_at, i + U, start, ends, dt_l, REVERSE, EVEN, T, U)
-            next_inputs = _fetch(u_at, i + U, start, ends, u_l, REVERSE, EVEN, T, U)
-            next_grads = _fetch(dy_at, i + U, start, ends, dy_l, REVERSE, EVEN, T, U)
-            next_gates = _fetch(z_at, i + U, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_inputs
-            next_others = (
-                _fetch(dz_at, i + U, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else next_inputs
-            )
-            next_partials = _fetch(partial_at, i + U, start, lasts, E, REVERSE, EVEN, T, U)
-            next_B, next_C = _fetch_states(B_at, i + U, N, REVERSE, T, U), _fetch_states(C_at, i + U, N, REVERSE, T, U)
-            for k in tl.static_range(U):
-                t = T - 1 - i - k if REVERSE else i + k
-                rates_raw = raw[k].to(tl.float32)
-                step = _steps(rates_raw, rate_bias, start + t < ends, SOFTPLUS, EVEN)
-                u_here, gate = inputs[k].to(tl.float32), gates[k].to(tl.float32)
-                value = step * u_here
-                s = sigmoid(gate)
-                grad = grads[k].to(tl.float32)
-                d_result = grad
-                if HAS_Z:
-                    grad = grad * gate * s
-                keep = _keep(drop, row * L, L, start + t, HAS_DROP)
-                rest -= step
-                weight = rest * grad
-                a = tl.exp2(step[None, :] * rates)
-                a = a * keep if HAS_DROP else a
-                states = a * states + value[None, :] * B_here[k].to(tl.float32)[:, None]
-                read = states * C_here[k].to(tl.float32)[:, None]
-                d_A -= weight[None, :] * read
-                out = skip * u_here + tl.sum(read, 0)
-                sums = _put_sums(sums, i + k - j, states * grad[None, :], N, BD, PRECISION)
-                stored = start + t < lasts
-                d_step = partials[k] + decayed * _LN2
-                decayed -= grad * tl.sum(rates * read, 0)
-                if SOFTPLUS:
-                    d_step = d_step * sigmoid(rates_raw + rate_bias)
-                if not EVEN:
-                    d_step = tl.where(start + t < ends, d_step, 0.0)
-                d_bias += d_step
-                ddt_at = ddt + row * ddt_b + start * ddt_l + wide * ddt_e + t * ddt_l
-                tl.store(ddt_at, d_step.to(ddt.dtype.element_ty), stored)
-                if HAS_Z:
-                    d_z = d_result * out * s * (1.0 + gate * (1.0 - s))
-                    if ADD:
-                        d_z += others[k].to(tl.float32)
-                    tl.store(dz_at + t * dz_l, d_z.to(dz.dtype.element_ty), stored)
-        _store_sums(dC_parts + parts_at, sums, j, start, L, N, REVERSE, T, P)
+    for i in range(0, T, U):
+        raw = _several(dt_at, i, start, ends, dt_l, REVERSE, EVEN, T, U)
+        inputs = _several(u_at, i, start, ends, u_l, REVERSE, EVEN, T, U)
+        grads = _several(dy_at, i, start, ends, dy_l, REVERSE, EVEN, T, U)
+        partials = _several(partial_at, i, start, lasts, E, REVERSE, EVEN, T, U)
+        gates = _several(z_at, i, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else inputs
+        dz_at = dz + row * dz_b + start * dz_l + wide * dz_e if HAS_Z else partial_at
+        others = _several(dz_at, i, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else inputs
+        for k in tl.static_range(U):
+            t = T - 1 - i - k if REVERSE else i + k
+            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
+            value = step * inputs[k]
+            s = sigmoid(gates[k])
+            grad = grads[k] * gates[k] * s if HAS_Z else grads[k]
+            keep = _keep(drop, row * L, L, start + t, HAS_DROP)
+            rest -= step
+            weight = rest * grad
+            a = tl.exp2(step[None, :] * rates)
+            a = a * keep if HAS_DROP else a
+            states = a * states + value[None, :] * tl.load(B_at + t * N + tl.arange(0, N))[:, None]
+            read = states * tl.load(C_at + t * N + tl.arange(0, N))[:, None]
+            d_A -= weight[None, :] * read
+            out = skip * inputs[k] + tl.sum(read, 0)
+            _store_sums(states * grad[None, :], parts_at + t * N, L, start + t, dC_parts, N, BD, PRECISION)
+            stored = start + t < lasts
+            d_step = partials[k] + decayed * _LN2
+            decayed -= grad * tl.sum(rates * read, 0)
+            if SOFTPLUS:
+                d_step = d_step * sigmoid(raw[k] + rate_bias)
+            if not EVEN:
+                d_step = tl.where(start + t < ends, d_step, 0.0)
+            d_bias += d_step
+            ddt_at = ddt + row * ddt_b + start * ddt_l + wide * ddt_e + t * ddt_l
+            tl.store(ddt_at, d_step.to(ddt.dtype.element_ty), stored)
+            if HAS_Z:
+                d_z = grads[k] * out * s * (1.0 + gates[k] * (1.0 - s))
+                if ADD:
+                    d_z += others[k]
+                tl.store(dz_at + t * dz_l, d_z.to(dz.dtype.element_ty), stored)
     _store_by_state(dA_parts + (row * tiles + tile) * N * E, d_A, channel, inside, E, N)
     if HAS_D:
         tl.store(dD_parts + (row * tiles + tile) * E + channel, d_D, inside)
