@@ -46,12 +46,15 @@ def loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, float]
         points = [(step, row[name]) for step, row in sorted(rows.items()) if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    for name, bits in baselines.items():
+    for bits in baselines.values():
         axes.axhline(bits, color="0.7", lw=0.8, zorder=0)
-        place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": True}
-        axes.annotate(f" {name}", (1, bits), fontsize=7, color="0.4", **place)
     axes.set(xlabel="step", ylabel="bits per base")
-    axes.set_ylim(top=min(2.1, axes.get_ylim()[1]))
+    bottom, top = axes.set_ylim(top=min(2.1, axes.get_ylim()[1]))
+    place, height = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": True}, top
+    # From above down, so far apart that they can be read where lines are close.
+    for name, bits in sorted(baselines.items(), key=lambda item: -item[1]):
+        height = min(bits, height - 0.024 * (top - bottom))
+        axes.annotate(f" {name}", (1, height), fontsize=7, color="0.4", **place)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return figure

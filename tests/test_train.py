@@ -78,6 +78,7 @@ def test_two_processes_start_from_one_command(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore")  # The compiler itself does what torch deprecates.
 def test_a_compiled_model_learns_the_same(tmp_path):
     bits = [train(compose([*TINY, f"compile={c}", f"output={tmp_path}"])).metrics["val/bits"] for c in (False, True)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-4)
