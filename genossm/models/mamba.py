@@ -1,5 +1,6 @@
 """Mamba and Mamba-2 language models (Gu & Dao 2023; Dao & Gu 2024), and hybrids with attention at some layers."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -71,9 +72,9 @@ class _SharedConfig(BackboneConfig):
         return StepInit(dt_min=self.dt_min, dt_max=self.dt_max, dt_init_floor=self.dt_init_floor)
 
     @property
+    @abstractmethod
     def shape(self) -> MambaShape | Mamba2Shape:
         """The shape of a mixer."""
-        raise NotImplementedError
 
     def build(self) -> "MambaLM":
         return MambaLM(self)
