@@ -239,6 +239,11 @@ class GenossmForSequenceClassification(GenossmPreTrainedModel):
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.head or fallback).items()}
         self.head = SequenceHead(self.backbone.d_output, HeadConfig(**values))
 
+    def _init_weights(self, module):
+        """Draw what a file without a head lacks: transformers leaves its memory as it was found."""
+        if isinstance(module, nn.Linear) and any(module is layer for layer in self.head.children()):
+            self.head.draw(module)
+
     def forward(self, input_ids, attention_mask=None, labels=None, return_dict=True, **unused):
         lengths = self.lengths(attention_mask)
         x = self.backbone(input_ids, lengths)

@@ -50,6 +50,10 @@ for folder, kind in json.loads(sys.argv[1]):
         if kind != "AutoModelForSequenceClassification":
             classifier = opened("AutoModelForSequenceClassification").eval()
             out["head"] = classifier(ids[:1]).logits
+            # At most 5 of its own standard deviations: drawn, and not what the memory held.
+            out["drawn"] = all(w.abs().max() < 0.1 for w in classifier.head.parameters())
+            kept = dict(base.backbone.named_parameters())
+            out["kept"] = all(torch.equal(w, kept[n]) for n, w in classifier.backbone.named_parameters())
             if folder.endswith("hybrid"):
                 classifier.save_pretrained(folder + "-head")
     model.train()
@@ -207,6 +211,9 @@ def test_transformers_opens_it_without_genossm(case, outside):
     np.testing.assert_allclose(got["states"], states.numpy(), atol=2e-5, rtol=1e-4)
     np.testing.assert_array_equal(got["again"], got["logits"])
     assert got["grads"] > 5
+    if CASES[case] != CLS:
+        assert got["drawn"]
+        assert got["kept"]
     if CASES[case] == LM:
         written = ids[:1, :5]
         for _ in range(6):

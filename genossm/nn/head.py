@@ -179,9 +179,14 @@ class SequenceHead(nn.Module):
         self.out = nn.Linear(width, config.n_outputs, bias=config.bias)
         for layer in (self.dense, self.score, self.out):
             if layer is not None:
-                nn.init.normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+                self.draw(layer)
+
+    @staticmethod
+    def draw(layer: nn.Linear) -> None:
+        """Draw the weights of one of its layers anew."""
+        nn.init.normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Return y_BC of hidden states, or y_BPC where several positions are answered; padding, told by `lengths_B`, is
