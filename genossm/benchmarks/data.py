@@ -1,7 +1,12 @@
-"""The data path beside the published chain (pyfaidx and a character tokenizer in Python) and beside plain copies."""
+"""The data path beside the published chain (pyfaidx and a character tokenizer in Python) and beside plain copies.
 
+The chain's parts are those that HyenaDNA was published with: text of a window from pyfaidx, a character tokenizer on
+transformers' slow `PreTrainedTokenizer`, called with padding and truncation to a length, `LongTensor`, two clones.
+"""
+
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,10 @@ from genossm.data.windows import WindowBatches
 from genossm.dna import alphabet
 from genossm.dna.genome import Genome, encode
 from genossm.dna.interval import Interval
+from genossm.dna.tokenizer import CharTokenizer
+from genossm.ops.backend import installed
+
+logger = logging.getLogger(__name__)
 
 _CONTIGS, _LINE = 4, 60
 
@@ -83,7 +92,7 @@ def windows(bases: int, length: int, rows: int) -> Mapping[str, Run]:
     drawn = WindowBatches(genome=genome, intervals=intervals, objective=NextToken())
     rng = np.random.default_rng(1)
     number = iter(range(1 << 40))
-    vocabulary = {letter: alphabet.A + index for index, letter in enumerate("ACGTN")}
+    looked_up = _dictionary()
 
     def places() -> list[tuple[str, int]]:
         return [
@@ -91,15 +100,13 @@ def windows(bases: int, length: int, rows: int) -> Mapping[str, Run]:
             for name, size in (sizes[i] for i in rng.integers(4, size=rows))
         ]
 
-    def published() -> object:
-        batch: list[torch.Tensor] = []
-        for name, start in places():
-            text = str(fasta[name][start : start + length])
-            tokens = list(text.upper())
-            ids = [vocabulary.get(token, 6) for token in tokens]
-            batch.append(torch.LongTensor([*ids, 1]))
-        ids_BL = torch.stack(batch)
-        return ids_BL[:, :-1].clone(), ids_BL[:, 1:].clone()
+    def chain(tokenize: Callable[[str], list[int]]) -> Run:
+        def run() -> object:
+            texts = (str(fasta[name][start : start + length]) for name, start in places())
+            ids_BL = torch.stack([torch.LongTensor(tokenize(text)) for text in texts])
+            return ids_BL[:, :-1].clone(), ids_BL[:, 1:].clone()
+
+        return run
 
     def copies() -> object:
         codes_BL = np.empty((rows, length), np.uint8)
@@ -107,11 +114,59 @@ def windows(bases: int, length: int, rows: int) -> Mapping[str, Run]:
             row[:] = genome.codes(name)[start : start + length]
         return codes_BL
 
+    if installed("transformers"):
+        baselines = {"published chain": chain(_slow_tokenizer(length)), "a dictionary": chain(looked_up)}
+    else:
+        logger.warning(
+            "transformers is not installed: the baseline is a look-up a letter, which is several times faster."
+        )
+        baselines = {"a dictionary": chain(looked_up)}
     return {
-        "pyfaidx and a Python tokenizer": published,
+        **baselines,
         "genossm": lambda: drawn.drawn(next(number), range(rows), rows, length),
         "copy of the bytes": copies,
     }
+
+
+def _dictionary() -> Callable[[str], list[int]]:
+    """Return the least that a tokenizer in Python can do: one look-up a letter, and the id that ends a text."""
+    vocabulary = {letter: alphabet.A + index for index, letter in enumerate("ACGTN")}
+    return lambda text: [*(vocabulary.get(letter, 6) for letter in list(text.upper())), 1]
+
+
+def _slow_tokenizer(length: int) -> Callable[[str], list[int]]:
+    """Return a character tokenizer on transformers' class for tokenizers in Python, called as the loader calls it."""
+    from transformers import PreTrainedTokenizer
+
+    ids = {word: index for index, word in enumerate(CharTokenizer.vocabulary)}
+
+    class Letters(PreTrainedTokenizer):
+        @property
+        def vocab_size(self) -> int:
+            return len(ids)
+
+        def get_vocab(self) -> dict[str, int]:
+            return dict(ids)
+
+        def _tokenize(self, text: str, **unused: object) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return ids.get(token, CharTokenizer.unknown_id)
+
+        def _convert_id_to_token(self, index: int) -> str:
+            return CharTokenizer.vocabulary[index]
+
+        def build_inputs_with_special_tokens(
+            self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+        ) -> list[int]:
+            return [*token_ids_0, CharTokenizer.after[0]]
+
+    names = dict.fromkeys(("sep_token", "eos_token"), "[SEP]")
+    names |= {"bos_token": "[BOS]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+    names |= {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    letters = Letters(**names, model_max_length=length + 2, padding_side="left")
+    return lambda text: letters(text, padding="max_length", max_length=length, truncation=True)["input_ids"]
 
 
 def strands() -> Mapping[str, Run]:

@@ -68,10 +68,13 @@ class NextToken:
         """Return what makes the targets of training batches: itself."""
         return self
 
-    def __call__(self, ids_BL: Bytes, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-        """Return ids without the last and the targets of each; where all are bases, both are views of the same ids."""
+    def __call__(self, ids_BL: Bytes, rng: np.random.Generator, only_bases: bool = False) -> tuple[Bytes, Bytes]:
+        """Return ids without the last and the targets of each; where all are bases, both are views of the same ids.
+
+        `only_bases` says that all are, which is else looked for.
+        """
         following_BL = ids_BL[:, 1:]
-        if ids_BL.size and (ids_BL.max() > alphabet.T or ids_BL.min() < alphabet.A):
+        if not only_bases and ids_BL.size and (ids_BL.max() > alphabet.T or ids_BL.min() < alphabet.A):
             # Ids of bases are contiguous, so one subtraction that wraps around tells them from all others.
             other_BL = (following_BL - np.uint8(alphabet.A)) > alphabet.T - alphabet.A
             following_BL = np.where(other_BL, np.uint8(IGNORED), following_BL)

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +19,16 @@ from genossm.dna.genome import Genome
 from genossm.dna.interval import SPLIT_NAMES, Interval, first_overlap, lengths, merge, read_bed
 from genossm.dna.tokenizer import CharTokenizer
 from genossm.errors import listed
+from genossm.ops.strand_copy import strand_copy
 
 logger = logging.getLogger(__name__)
 
 SPLIT_POLICIES = ("auto", "contigs", "blocks")
 SAMPLINGS = ("random", "tile", "hyenadna_legacy")
-_SHORT = 1 << 13
-"""Bases up to which the windows of a batch are turned to the other strand together."""
 _RETRIES = 64
 """Draws of another window where one holds more N than `max_n` allows."""
+_NO_DRAWS = np.random.default_rng(0)
+"""For targets that nothing is drawn for."""
 
 Splits = dict[str, list[Interval]]
 
@@ -192,6 +194,15 @@ def fit_windows(splits: Splits, length: int, genome: Genome, join: bool = True) 
     return fitted
 
 
+class _Room(NamedTuple):
+    """Where the windows of one length may begin: places are counted over all intervals, one after the other."""
+
+    ends_I: npt.NDArray[np.int64]
+    begins_I: npt.NDArray[np.int64]
+    shifts_I: npt.NDArray[np.int64]
+    """What makes a base's number in its store of a place in an interval."""
+
+
 @dataclass(kw_only=True)
 class WindowBatches:
     """Batches of windows by number: batch i of a run is a pure function of (seed, i), so nothing needs remembering.
@@ -232,6 +243,11 @@ class WindowBatches:
         if not self.intervals:
             raise ValueError("There is no interval to draw windows from.")
         self.sizes = lengths(self.intervals)
+        places = [self.genome.place(interval.chrom) for interval in self.intervals]
+        self._stores_I = np.array([store for store, _ in places], np.int64)
+        starts = [offset + interval.start for (_, offset), interval in zip(places, self.intervals, strict=True)]
+        self._firsts_I = np.array(starts, np.int64)
+        self._rooms: dict[int, _Room] = {}
 
     @property
     def keeps_case(self) -> bool:
@@ -251,61 +267,48 @@ class WindowBatches:
             ValueError: no window with at most `max_n` N is found.
         """
         span = self.span(length)
-        room = np.maximum(self.sizes - span + 1, 0)
-        ends = np.cumsum(room)
+        room = self._room(span)
         rng = np.random.default_rng([self.seed, number])
-        places, flips = rng.integers(ends[-1], size=of), rng.random(of) < 0.5
+        places, flips = rng.integers(room.ends_I[-1], size=of), rng.random(of) < 0.5
         if self.sampling != "random":
-            places = self._tiled_places(number, of, length, rng, ends - room)
+            places = self._tiled_places(number, of, length, rng, room.begins_I)
+        turned_B = flips[rows.start : rows.stop] & self.reverse_complement
         codes_BL = np.empty((len(rows), span), np.uint8)
-        self._copy(codes_BL, places[rows.start : rows.stop], ends, room)
-        holds_n = self.keeps_case or bool(codes_BL.max() >= alphabet.N)
+        holds_n = self._copy(codes_BL, places[rows.start : rows.stop], turned_B)
         if self.max_n < 1 and holds_n:
-            self._draw_again(codes_BL, number, rows, ends, room)
-        if self.reverse_complement:
-            turned = np.flatnonzero(flips[rows.start : rows.stop])
-            if span <= _SHORT:
-                codes_BL[turned] = alphabet.reverse_complement(codes_BL[turned], holds_n)
-            else:
-                for index in turned:
-                    codes_BL[index] = alphabet.reverse_complement(codes_BL[index], holds_n)
+            self._draw_again(codes_BL, number, rows, turned_B)
         seeds = [[self.seed, number, row, _RETRIES] for row in rows]
-        return self._batch(codes_BL, seeds, self.objective.in_training())
+        return self._batch(codes_BL, seeds, self.objective.in_training(), not (self.keeps_case or holds_n))
 
-    def _copy(
-        self,
-        codes_BL: Bytes,
-        places_B: npt.NDArray[np.int64],
-        ends: npt.NDArray[np.int64],
-        room: npt.NDArray[np.int64],
-    ) -> None:
-        """Fill rows with the windows that begin at places counted over the room of all intervals."""
-        which_B = np.searchsorted(ends, places_B, side="right")
-        starts_B = places_B - (ends - room)[which_B]
-        for codes_L, which, start in zip(codes_BL, which_B.tolist(), starts_B.tolist(), strict=True):
-            interval = self.intervals[which]
-            first = interval.start + start
-            codes_L[:] = self.genome.codes(interval.chrom)[first : first + len(codes_L)]
-        if not self.keeps_case:
-            np.bitwise_and(codes_BL, np.uint8(0x7F), out=codes_BL)
+    def _room(self, span: int) -> _Room:
+        if span not in self._rooms:
+            room_I = np.maximum(self.sizes - span + 1, 0)
+            ends_I = np.cumsum(room_I)
+            begins_I = ends_I - room_I
+            self._rooms[span] = _Room(ends_I, begins_I, self._firsts_I - begins_I)
+        return self._rooms[span]
 
-    def _draw_again(
-        self,
-        codes_BL: Bytes,
-        number: int,
-        rows: range,
-        ends: npt.NDArray[np.int64],
-        room: npt.NDArray[np.int64],
-    ) -> None:
+    def _copy(self, codes_BL: Bytes, places_B: npt.NDArray[np.int64], turned_B: npt.NDArray[np.bool_]) -> bool:
+        """Fill rows with the windows at some places, on the strands asked for; tell whether any holds an N."""
+        room = self._room(codes_BL.shape[1])
+        which_B = np.searchsorted(room.ends_I, places_B, side="right")
+        starts_B, stores_B = places_B + room.shifts_I[which_B], self._stores_I[which_B]
+        holds_n = False
+        for number in set(stores_B.tolist()):
+            store_S, rows_R = self.genome.store(number), np.flatnonzero(stores_B == number)
+            holds_n |= strand_copy(store_S, starts_B, turned_B, not self.keeps_case, codes_BL, rows_R)
+        return holds_n
+
+    def _draw_again(self, codes_BL: Bytes, number: int, rows: range, turned_B: npt.NDArray[np.bool_]) -> None:
         """Replace windows with more N than `max_n`."""
         span = codes_BL.shape[1]
-        is_n_BL = (codes_BL & np.uint8(0x7F)) == alphabet.N
-        if not is_n_BL.any():
-            return
-        for index in np.flatnonzero(is_n_BL.sum(1) > self.max_n * span):
+        last = self._room(span).ends_I[-1]
+        many_B = ((codes_BL & np.uint8(0x7F)) == alphabet.N).sum(1) > self.max_n * span
+        for index in np.flatnonzero(many_B).tolist():
+            row = slice(index, index + 1)
             for attempt in range(_RETRIES):
-                again = np.random.default_rng([self.seed, number, rows[int(index)], attempt]).integers(ends[-1], size=1)
-                self._copy(codes_BL[index : index + 1], again, ends, room)
+                again = np.random.default_rng([self.seed, number, rows[index], attempt]).integers(last, size=1)
+                self._copy(codes_BL[row], again, turned_B[row])
                 if np.count_nonzero((codes_BL[index] & 0x7F) == alphabet.N) <= self.max_n * span:
                     break
             else:
@@ -350,10 +353,10 @@ class WindowBatches:
             np.bitwise_and(codes_BL, np.uint8(0x7F), out=codes_BL)
         return self._batch(codes_BL, seeds, self.objective)
 
-    def _batch(self, codes_BL: Bytes, seeds: list[list[int]], objective: Objective) -> Batch:
+    def _batch(self, codes_BL: Bytes, seeds: list[list[int]], objective: Objective, only_bases: bool = False) -> Batch:
         ids_BL = self.tokenizer.from_codes(codes_BL) if self.keeps_case else codes_BL
         if isinstance(objective, NextToken):
-            inputs_BL, targets_BL = objective(ids_BL, np.random.default_rng(0))
+            inputs_BL, targets_BL = objective(ids_BL, _NO_DRAWS, only_bases)
         else:
             # Each row has draws of its own, so that it does not matter which process has it.
             rows = [objective(ids_BL[i : i + 1], np.random.default_rng(seed)) for i, seed in enumerate(seeds)]

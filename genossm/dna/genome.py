@@ -124,12 +124,21 @@ class Genome:
     def codes(self, name: str) -> Bytes:
         """Return one contig as stored bytes: a read-only view of the memory map, nothing is copied."""
         number, contig = self._where[self.resolve(name)]
+        return self.store(number)[contig.offset : contig.offset + contig.length]
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return the number of the store that holds a contig, and where in it the contig begins."""
+        number, contig = self._where[self.resolve(name)]
+        return number, contig.offset
+
+    def store(self, number: int) -> Bytes:
+        """Return all that one store holds, a read-only view of its memory map; for reading many windows at once."""
         if number not in self._arrays:
             with self._stores[number].open("rb") as handle:
                 mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
             self._arrays[number] = np.frombuffer(mapped, dtype=np.uint8)
             self._maps[number] = mapped
-        return self._arrays[number][contig.offset : contig.offset + contig.length]
+        return self._arrays[number]
 
     def release(self) -> None:
         """Take the pages that were read out of this process's memory; they are read again where they are needed."""

@@ -71,7 +71,7 @@ def choose(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
     if watched is not None:
         watched[op] = choice
     if choice.slower:
-        _log_once(op, choice.name, choice.reason)
+        log_slower(op, choice.name, choice.reason)
     return choice
 
 
@@ -115,7 +115,8 @@ def explain(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
 
 
 @functools.cache
-def _log_once(op: str, name: str, reason: str) -> None:
+def log_slower(op: str, name: str, reason: str) -> None:
+    """Say, once a process, that an op runs on a slower backend and why."""
     logger.warning("%s runs on the slower %r backend: %s", op, name, reason)
 
 

@@ -71,6 +71,27 @@ def test_a_row_does_not_depend_on_who_has_it(chr20, objective):
         assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
 
 
+@pytest.mark.parametrize("length", [31, 9000])
+def test_batches_are_what_the_drawn_numbers_say(tmp_path, length):
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"ACGTacgtN", np.uint8)
+    paths = [tmp_path / "a.fa", tmp_path / "b.fa"]
+    for path in paths:
+        texts = (letters[rng.integers(0, 9, size)].tobytes().decode() for size in (20_000, 11_000))
+        path.write_text("".join(f">{path.stem}{i}\n{text}\n" for i, text in enumerate(texts)))
+    genome = Genome(paths)
+    windows = batches(genome, seed=5)
+    found = windows.drawn(7, range(1, 6), 8, length)
+    room = [size - length for size in genome.contigs.values()]
+    rng = np.random.default_rng([5, 7])
+    places, turned = rng.integers(sum(room), size=8), rng.random(8) < 0.5
+    for row, ids_L in enumerate(found["ids_BL"].numpy(), start=1):
+        contig = int(np.searchsorted(np.cumsum(room), places[row], side="right"))
+        start = int(places[row]) - sum(room[:contig])
+        interval = Interval(list(genome.contigs)[contig], start, start + length + 1, "-" if turned[row] else "+")
+        assert np.array_equal(ids_L, genome.fetch(interval)[:-1] & 0x7F)
+
+
 def test_next_token_leaves_its_input_alone():
     ids_BL = np.array([[7, 8, 11, 6, 10, 4]], np.uint8)
     inputs_BL, targets_BL = NextToken()(ids_BL, np.random.default_rng(0))
