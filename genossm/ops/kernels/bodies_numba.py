@@ -2,9 +2,9 @@
 
 All of it stands in one file because numba renews a cached function only when the function's own file changes. What
 makes it fast (measured): inner loops run over a whole block of channels, so that the check for overlapping arrays that
-the compiler puts before each pays; exp is a polynomial, which vectorises without a vendor's library; the backward pass
-makes the states of one time chunk again, in cache. Kernels release the GIL and work on every `jobs`-th item (a row and
-a block of channels), so that plain threads can share them.
+the compiler puts before each pays; exp is a polynomial, which vectorises without a vendor's library; registers are as
+wide as the processor has them; the backward pass makes the states of one time chunk again, in cache. Kernels release
+the GIL and work on every `jobs`-th item (a row and a block of channels), so that plain threads can share them.
 
 Shapes are (B, L, E) for what goes along the sequence, states first elsewhere: A_NE, h_BNE. A flag says where an
 optional array holds nothing. `lens_B` bounds each row; `reverse` walks it from its last real position. Types are
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any, no_type_check
 
 import numpy as np
+from llvmlite import binding
+from numba import config as numba_config
 from numba import njit
 
 logger = logging.getLogger(__name__)
@@ -27,10 +29,12 @@ BLOCK = 256
 
 _f, _i = np.float32, np.int32
 _LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504088896341), _f(0.693359375), _f(-2.12194440e-4)
+_LN2 = _f(0.69314718055994531)
+_P4, _P3, _P2, _P1 = _f(1.33005e-3), _f(9.66971e-3), _f(5.550559e-2), _f(2.4022282e-1)
 _E5, _E4, _E3 = _f(1.9875691500e-4), _f(1.3981999507e-3), _f(8.3334519073e-3)
 _E2, _E1, _E0 = _f(4.1665795894e-2), _f(1.6666665459e-1), _f(5.0000001201e-1)
 _L3, _L5, _L7, _L9, _L11, _L13 = (_f(1 / k) for k in (3, 5, 7, 9, 11, 13))
-_ZERO, _HALF, _ONE, _TWO, _LOWEST = _f(0), _f(0.5), _f(1), _f(2), _f(-87)
+_ZERO, _HALF, _ONE, _TWO, _LOWEST, _LOWEST2 = _f(0), _f(0.5), _f(1), _f(2), _f(-87), _f(-126)
 
 # Not "fast" as a whole: NaN must come out where NaN goes in.
 _OPTIONS: dict[str, Any] = {
@@ -38,6 +42,22 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "boundscheck": False,
 }
+
+
+def _take_widest_registers() -> None:
+    """Have loops use 512-bit registers from Intel's Ice Lake on, where the compiler itself would take 256 bits.
+
+    Measured: 1.7 times as fast a scan. Older processors slow their clocks for them. What a user has set is kept, and
+    what numba compiled before in this process stays as it is.
+    """
+    # Its attributes are made at run time.
+    config: Any = numba_config
+    features = binding.get_host_cpu_features()
+    if config.CPU_FEATURES is None and config.ENABLE_AVX and features.get("avx512vbmi2"):
+        config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
+
+
+_take_widest_registers()
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -65,6 +85,21 @@ def _exp(x):
     q = q * r * r + r + _ONE
     power = _i((k + _i(127)) << _i(23))
     return q * power.view(np.float32)
+
+
+@_inlined
+@no_type_check
+def _exp2(x):
+    """Return 2^x for x <= 0 (to 2^-22; below -126 it is 2^-126).
+
+    A decay near 1 is raised to high powers, so that 1 - 2^x must be as exact as 2^x: the polynomial's first two
+    coefficients are those of the series, the others its best fit (least greatest error) on [-1/2, 1/2].
+    """
+    x = _LOWEST2 if x < _LOWEST2 else x
+    k = _i(x - _HALF)
+    r = x - _f(k)
+    q = _f(((((_P4 * r + _P3) * r + _P2) * r + _P1) * r + _LN2) * r + _ONE)
+    return _i(q.view(np.int32) + _i(k << _i(23))).view(np.float32)
 
 
 @_inlined
@@ -108,7 +143,7 @@ def scan_forward(
         bias_w, D_w = bias[d0:d1], D[d0:d1]
         for n in range(states):
             for j in range(w):
-                rate[n, j] = A_NE[n, d0 + j]
+                rate[n, j] = A_NE[n, d0 + j] * _LOG2E
                 h[n, j] = h0[b, n, d0 + j]
         for s in range(lens_B[b]):
             t = lens_B[b] - 1 - s if reverse else s
@@ -129,7 +164,7 @@ def scan_forward(
                 bb = B[b, t, n]
                 cc = C[b, t, n]
                 for j in range(w):
-                    v = _exp(step[j] * rate[n, j]) * h[n, j] + entering[j] * bb
+                    v = _exp2(step[j] * rate[n, j]) * h[n, j] + entering[j] * bb
                     h[n, j] = v
                     out[j] += cc * v
             y_w = y[b, t, d0:d1]
@@ -178,7 +213,7 @@ def scan_backward(
         length = lens_B[b]
         for n in range(states):
             for j in range(w):
-                rate[n, j] = A_NE[n, d0 + j]
+                rate[n, j] = A_NE[n, d0 + j] * _LOG2E
                 g[n, j] = dlast[b, n, d0 + j]
                 drate[n, j] = _ZERO
         for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
@@ -205,7 +240,7 @@ def scan_backward(
                     bb = B[b, t, n]
                     cc = C[b, t, n]
                     for j in range(w):
-                        a = _exp(step_w[j] * rate[n, j]) * stays
+                        a = _exp2(step_w[j] * rate[n, j]) * stays
                         decay[i, n, j] = a
                         v = a * h[i, n, j] + entering[j] * bb
                         h[i + 1, n, j] = v
@@ -251,7 +286,7 @@ def scan_backward(
                 du_w, ddt_w = du[b, t, d0:d1], ddt[b, t, d0:d1]
                 for j in range(w):
                     du_w[j] = D_w[j] * dy[j] + step_w[j] * dentering[j]
-                    r = (u_w[j] * dentering[j] + dstep[j]) * slope_w[j]
+                    r = (u_w[j] * dentering[j] + _LN2 * dstep[j]) * slope_w[j]
                     ddt_w[j] = r
                     dbias_w[j] += r
         for n in range(states):
