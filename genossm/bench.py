@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,11 +68,15 @@ def bench(
         raise ValueError(
             f"No comparison of {topic} has {only!r} in its name: {', '.join(c.name for c in comparisons)}."
         )
-    console = Console()
+    console, progress = Console(), Console(stderr=True)
     rows: list[dict[str, Any]] = []
     for comparison in wanted:
-        with console.status(comparison.name):
-            new = [dataclasses.asdict(row) for row in measure(comparison, chosen, seconds)]
+        with progress.status(comparison.name) as status:
+
+            def report(what: str, name: str = comparison.name, show: Callable[[str], None] = status.update) -> None:
+                show(f"{name}: {what}")
+
+            new = [dataclasses.asdict(row) for row in measure(comparison, chosen, seconds, report=report)]
         rows += new
         if as_json:
             for row in new:
