@@ -1,7 +1,8 @@
 """The selective scan in plain torch, for every device: chunks that fit in cache, one fused step a position.
 
 The states of one chunk at a time are in memory; the backward pass makes them again from the state at each chunk's
-border. The recurrence is the exact one: no cumulative products, which overflow.
+border. The recurrence is the exact one: no cumulative products, which overflow. States lie as (batch, state, channel),
+so that loops over contiguous memory are long and sums over states are products of matrices.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from genossm.ops.rows import dropped_states, real_positions
 
 _CHUNK_VALUES = 1 << 19
-"""State values of one chunk: what one core's second-level cache holds, with the other buffers (measured)."""
+"""State values of one chunk: what one core's second-level cache holds of them and as many decays (measured)."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,21 @@ def selective_scan(
     dtype = torch.float64 if u_BLE.dtype == torch.float64 else torch.float32
     chunk = max(16, min(128, _CHUNK_VALUES // (batch * width * A_EN.shape[1])))
     plan = _Plan(dtype, chunk, dt_softplus, reverse)
-    y_BLE, state_BEN = _Scan.apply(
+    y_BLE, state_BNE = _Scan.apply(
         plan,
         real_positions(lengths_B, length),
         dropped_states(resets_BL, lengths_B, reverse),
         u_BLE,
         dt_BLE,
-        A_EN,
+        A_EN.t().contiguous(),
         B_BLN,
         C_BLN,
         D_E,
         z_BLE,
         dt_bias_E,
-        initial_state_BEN,
+        None if initial_state_BEN is None else initial_state_BEN.transpose(1, 2),
     )
-    return (y_BLE, state_BEN) if return_state else y_BLE
+    return (y_BLE, state_BNE.transpose(1, 2)) if return_state else y_BLE
 
 
 def _time_major(x_BLE: Tensor, span: slice, dtype: torch.dtype) -> Tensor:
@@ -103,7 +104,7 @@ class _Steps:
     @classmethod
     def of(cls, plan: _Plan, tensors: tuple[Any, ...], span: slice, buffers: list[_Buffer]) -> "_Steps":
         """Discretise a chunk; `h` holds what each position adds to the state until `run`."""
-        real_BL, drop_BL, u_BLE, dt_BLE, A_EN, B_BLN, bias_E = tensors
+        real_BL, drop_BL, u_BLE, dt_BLE, A_NE, B_BLN, bias_E = tensors
         u, raw = _time_major(u_BLE, span, plan.dtype), _time_major(dt_BLE, span, plan.dtype)
         if bias_E is not None:
             raw = raw + bias_E.to(plan.dtype)
@@ -116,17 +117,22 @@ class _Steps:
             u = torch.where(real, u, 0.0)
         n = u.shape[0]
         decay, h = buffers[0].whole[:n], buffers[1].whole[:n]
-        torch.mul(dt[..., None], A_EN.to(plan.dtype), out=decay).exp_()
+        torch.mul(dt[:, :, None], A_NE.to(plan.dtype), out=decay).exp_()
         if drop_BL is not None:
             decay.masked_fill_(drop_BL[:, span].t()[..., None, None], 0.0)
-        torch.mul((dt * u)[..., None], _time_major(B_BLN, span, plan.dtype)[:, :, None], out=h)
+        torch.mul((dt * u)[:, :, None], _time_major(B_BLN, span, plan.dtype)[..., None], out=h)
         return cls(u, raw, dt, decay, h, buffers[0].rows[:n], buffers[1].rows[:n], real)
 
-    def run(self, plan: _Plan, state_BEN: Tensor) -> Tensor:
+    def run(self, plan: _Plan, state_BNE: Tensor) -> Tensor:
         """Turn `h` into the states and return the last."""
         for i in plan.order(len(self.states)):
-            state_BEN = self.states[i].addcmul_(self.decays[i], state_BEN)
-        return state_BEN
+            state_BNE = self.states[i].addcmul_(self.decays[i], state_BNE)
+        return state_BNE
+
+    def read(self, C: Tensor, D_E: Tensor | None) -> Tensor:
+        """Return what the states and the inputs give before the gate."""
+        y = (C[:, :, None] @ self.h).squeeze(-2)
+        return y if D_E is None else y.addcmul_(self.u, D_E.to(y.dtype))
 
 
 class _Scan(torch.autograd.Function):
@@ -135,12 +141,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.no_grad()
     def forward(ctx: Any, plan: _Plan, real_BL: Tensor | None, drop_BL: Tensor | None, *inputs: Any) -> Any:
-        u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, bias_E, initial_BEN = inputs
-        batch, length, width = u_BLE.shape
-        shape = (batch, width, A_EN.shape[1])
-        state = (
-            u_BLE.new_zeros(shape, dtype=plan.dtype) if initial_BEN is None else initial_BEN.to(plan.dtype, copy=True)
-        )
+        u_BLE, dt_BLE, A_NE, B_BLN, C_BLN, D_E, z_BLE, bias_E, initial_BNE = inputs
+        batch, length, _ = u_BLE.shape
+        shape = (batch, *A_NE.shape)
+        state = u_BLE.new_zeros(shape, dtype=plan.dtype)
+        if initial_BNE is not None:
+            state.copy_(initial_BNE)
         borders = plan.borders(length)
         keep = any(ctx.needs_input_grad)
         kept = state.new_empty(len(borders), *shape) if keep else None
@@ -149,11 +155,9 @@ class _Scan(torch.autograd.Function):
         for index, span in enumerate(borders):
             if kept is not None:
                 kept[index] = state
-            steps = _Steps.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, A_EN, B_BLN, bias_E), span, buffers)
+            steps = _Steps.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, A_NE, B_BLN, bias_E), span, buffers)
             state = steps.run(plan, state).clone()
-            y = (steps.h @ _time_major(C_BLN, span, plan.dtype)[..., None]).squeeze(-1)
-            if D_E is not None:
-                y.addcmul_(steps.u, D_E.to(plan.dtype))
+            y = steps.read(_time_major(C_BLN, span, plan.dtype), D_E)
             if z_BLE is not None:
                 y.mul_(F.silu(_time_major(z_BLE, span, plan.dtype)))
             if steps.real is not None:
@@ -168,14 +172,14 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: _Plan = ctx.plan
         real_BL, drop_BL, *inputs, kept = ctx.saved_tensors
-        u_BLE, dt_BLE, A_EN, B_BLN, _, _, _, bias_E, _ = inputs
-        dy_BLE, carry = grads[0], grads[1].to(plan.dtype, copy=True)
+        u_BLE, dt_BLE, A_NE, B_BLN, _, _, _, bias_E, _ = inputs
+        dy_BLE, carry = grads[0], grads[1].to(plan.dtype).contiguous()
         made = [None if tensor is None else torch.zeros_like(tensor, dtype=plan.dtype) for tensor in inputs]
         buffers = [_Buffer(carry, min(plan.chunk, u_BLE.shape[1])) for _ in range(3)]
         borders = plan.borders(u_BLE.shape[1])
         for index in range(len(borders) - 1, -1, -1):
             span = borders[index]
-            steps = _Steps.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, A_EN, B_BLN, bias_E), span, buffers[:2])
+            steps = _Steps.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, A_NE, B_BLN, bias_E), span, buffers[:2])
             steps.run(plan, kept[index])
             dout = _time_major(dy_BLE, span, plan.dtype)
             if steps.real is not None:
@@ -199,19 +203,17 @@ def _chunk_gradients(
     buffer: _Buffer,
 ) -> Tensor:
     """Add a chunk's gradients to `made`; `carry` is that of the state after the chunk, the result of that before."""
-    _, _, A_EN, B_BLN, C_BLN, D_E, z_BLE, bias_E, _ = inputs
+    _, _, A_NE, B_BLN, C_BLN, D_E, z_BLE, bias_E, _ = inputs
     n = len(dout)
     B, C = _time_major(B_BLN, span, plan.dtype), _time_major(C_BLN, span, plan.dtype)
     if z_BLE is not None:
         z = _time_major(z_BLE, span, plan.dtype)
         gate = torch.sigmoid(z)
-        y = (steps.h @ C[..., None]).squeeze(-1)
-        if D_E is not None:
-            y.addcmul_(steps.u, D_E.to(plan.dtype))
+        y = steps.read(C, D_E)
         made[6][:, span] = (dout * y * gate * (1 + z * (1 - gate))).transpose(0, 1)
         dout = dout * z * gate
-    made[4][:, span] = (dout[..., None, :] @ steps.h).squeeze(-2).transpose(0, 1)
-    g = torch.mul(dout[..., None], C[:, :, None], out=buffer.whole[:n])
+    made[4][:, span] = (steps.h @ dout[..., None]).squeeze(-1).transpose(0, 1)
+    g = torch.mul(dout[:, :, None], C[..., None], out=buffer.whole[:n])
     # g[t] becomes the gradient of state t: what its own output gives and what the next state hands back.
     gradients, decays = buffer.rows, steps.decays
     order = plan.order(n)
@@ -219,8 +221,8 @@ def _chunk_gradients(
     for i in range(n - 2, -1, -1):
         gradients[order[i]].addcmul_(decays[order[i + 1]], gradients[order[i + 1]])
     carry = decays[order[0]] * gradients[order[0]]
-    made[3][:, span] = ((steps.dt * steps.u)[..., None, :] @ g).squeeze(-2).transpose(0, 1)
-    dinput = (g @ B[..., None]).squeeze(-1)
+    made[3][:, span] = (g @ (steps.dt * steps.u)[..., None]).squeeze(-1).transpose(0, 1)
+    dinput = (B[:, :, None] @ g).squeeze(-2)
     # From here on g is the gradient of each decay's exponent: g * decay * the state before.
     g.mul_(steps.decay)
     gradients[order[0]].mul_(before)
@@ -229,8 +231,10 @@ def _chunk_gradients(
         if plan.reverse:
             ahead, behind = behind, ahead
         g[ahead].mul_(steps.h[behind])
-    made[2] += torch.einsum("tben,tbe->en", g, steps.dt)
-    du, ddt = dinput * steps.dt, torch.einsum("tben,en->tbe", g, A_EN.to(plan.dtype)).addcmul_(dinput, steps.u)
+    # The states are read for the last time; their memory takes what is summed.
+    ddt = torch.mul(g, A_NE.to(plan.dtype), out=steps.h).sum(-2).addcmul_(dinput, steps.u)
+    made[2] += g.mul_(steps.dt[:, :, None]).sum((0, 1))
+    du = dinput * steps.dt
     if D_E is not None:
         made[5] += (dout * steps.u).sum((0, 1))
         du.addcmul_(dout, D_E.to(plan.dtype))
