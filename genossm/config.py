@@ -118,7 +118,7 @@ def explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         return (
             f"The override {error.override!r} can't be read. Write key=value, lists as key=[a,b], and put quotes around"
-            " a value with spaces or special characters: 'key=\"a b\"'."
+            " a value with spaces or special characters: 'key=\"a b\"', 'key=[\"a=b\"]'."
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).lstrip("/").partition("/")
@@ -132,7 +132,8 @@ def explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
         path = key[1].partition("@")[0].lstrip("+~/")
         kept = [o for o in overrides if o.lstrip("+~/").partition("=")[0].partition("@")[0] != path]
         if len(kept) < len(overrides):
-            return _unknown_key(path, compose(name, kept))
+            hint = f" Keys of its runs go into overrides: 'overrides=[\"{path}=…\"]'." if name == "evaluate" else ""
+            return _unknown_key(path, compose(name, kept)) + hint
     return " ".join(str(error).split())
 
 

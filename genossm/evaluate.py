@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from genossm.comparison import Row, read_published, summarise, write_tables
+from genossm.comparison import COLUMNS, Row, read_published, summarise, write_tables
 from genossm.config import compose as compose_verb
 from genossm.config import conf_folder
 from genossm.config import launch as launch_verb
@@ -28,6 +28,7 @@ TRIES = 2
 """How often a cell is tried whose process fails or is killed before it is marked failed."""
 LAUNCHERS = ("local", "slurm")
 BASELINES = ("none", "kmers", "layers")
+_PRINTED = tuple(name for name in COLUMNS if name != "min to max")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,15 +354,17 @@ def _probe(
 
 
 def report(rows: Sequence[Row], footer: Sequence[str], folder: Path) -> None:
-    """Print the table."""
+    """Print the table, without the extremes, which 80 columns have no room for."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table()
-    for name in ("task", "model", "metric", "mean ± sd", "min to max", "runs", "source"):
-        shown.add_column(name)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in _PRINTED:
+        shown.add_column(name, overflow="fold")
     for row in rows:
-        shown.add_row(*row.cells())
+        by_name = dict(zip(COLUMNS, row.cells(), strict=True))
+        shown.add_row(*(by_name[name] for name in _PRINTED))
     console = Console(highlight=False, soft_wrap=True)
     console.print(shown)
     for line in footer:

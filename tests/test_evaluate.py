@@ -155,6 +155,7 @@ def test_every_suite_composes_with_every_task(suite, tmp_path):
         ("jobs=0", "jobs must be at least 1"),
         ("part=2/2", "part must be i/n"),
         ("part=half", "part must be i/n"),
+        ("epochs=1", r"Keys of its runs go into overrides: 'overrides=\[\"epochs=…\"\]'"),
     ],
 )
 def test_mistakes_are_named(override, message, tmp_path):

@@ -19,6 +19,8 @@ from genossm.files import write_atomically
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
+_HUB_TIMEOUT = 10.0
+"""Seconds that the hub may take to answer at all."""
 MAX_UNPACKED = 1 << 34
 """Bytes that an archive may unpack to; the largest published one needs a hundredth."""
 
@@ -173,11 +175,26 @@ def hub_rows(repo: str, split: str) -> tuple[list[dict[str, Any]], list[str] | N
     """
     import datasets
 
+    _reach_hub()
     try:
         found: Any = datasets.load_dataset(repo, split=split)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ConnectionError(f"{repo} can't be reached ({type(error).__name__}: {str(error)[:120]})") from None
     return list(found), getattr(found.features["label"], "names", None)
+
+
+def _reach_hub() -> None:
+    """Ask the hub for anything, once: its own library asks six times, for half a minute, where there is no network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:  # What is in the library's cache is wanted.
+        return
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_TIMEOUT).close()  # noqa: S310
+    except urllib.error.HTTPError:
+        return  # It answers.
+    except OSError as error:
+        raise ConnectionError(f"{constants.ENDPOINT} can't be reached ({getattr(error, 'reason', error)})") from None
 
 
 def save_table(path: Path, splits: dict[str, list[Example]], target: Target, notes: Sequence[str]) -> None:

@@ -95,7 +95,8 @@ class NucleotideTransformerTask(LabelledData):
     def __post_init__(self) -> None:
         if self.name not in self._tasks():
             which = "revised" if self.revised else "original"
-            raise ValueError(f"There is no {which} task {self.task!r}; there are: {', '.join(self._tasks())}.")
+            other = f" The others are chosen by data.revised={str(not self.revised).lower()}."
+            raise ValueError(f"There is no {which} task {self.task!r}; there are: {', '.join(self._tasks())}.{other}")
 
     @property
     def name(self) -> str:

@@ -1,13 +1,15 @@
 """Downloads are whole and checked; archives stay inside their folder."""
 
 import io
+import socket
 import tarfile
+import urllib.request
 import zipfile
 
 import pytest
 
 from genossm.data.examples import Example, Target
-from genossm.data.fetch import checksum, download, load_table, save_table, unpack
+from genossm.data.fetch import checksum, download, hub_rows, load_table, save_table, unpack
 from genossm.dna.interval import Interval
 
 
@@ -84,3 +86,18 @@ def test_kept_table_is_what_was_kept(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"no")
     with pytest.raises(ValueError, match="damaged"):
         load_table(tmp_path / "t.parquet")
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    asked = []
+    original = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: (asked.append(a), original(*a, **k))[1])
+    with pytest.raises(ConnectionError, match=f"{endpoint} can't be reached .*refused"):
+        hub_rows("someone/dna", "train")
+    assert len(asked) == 1
