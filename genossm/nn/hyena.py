@@ -1,6 +1,7 @@
 """The Hyena operator: gated long convolutions with implicit filters (Poli et al. 2023; Nguyen et al. 2023)."""
 
 import math
+import weakref
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genossm.nn.linear import FromTime, ToTime
 from genossm.ops.causal_conv1d import causal_conv1d
-from genossm.ops.fftconv import fftconv
+from genossm.ops.fftconv import fftconv, good_size
 from genossm.ops.hyena_conv import ImplicitFilter, hyena_conv
 from genossm.ops.online_conv import Taps, online_conv, online_conv_state
 from genossm.ops.precision import products
@@ -19,6 +20,11 @@ _LONG = {"cpu": 1 << 13, "cuda": 1 << 18}
 _CHANNELS = {"cpu": 16, "cuda": 64}
 _REMADE = 1 << 15
 """Taps from which a GPU makes the filters' network again in the backward pass: its layers are as long as the input."""
+_POSITIONS = 1 << 12
+"""Positions that the filters' network takes at once where no gradient is needed: its layers stay in cache."""
+_KEPT_BYTES = 1 << 29
+"""Bytes of transformed filters that a process keeps, of all models together."""
+_keeping: "weakref.WeakSet[HyenaFilter]" = weakref.WeakSet()
 _DECAY_TARGET = 1e-2
 _FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
 
@@ -95,6 +101,7 @@ class HyenaFilter(nn.Module):
         self.register_buffer("deltas_C", decays(channels), persistent=own_decay)
         self.deltas_C: Tensor
         self._kept: tuple[tuple[Any, ...], Taps] | None = None
+        self._spectrum: tuple[tuple[Any, ...], Tensor | None] | None = None
         self.z_LE: nn.Parameter | None = None
         self.t_L: Tensor | None = None
         if own_positions:
@@ -131,11 +138,50 @@ class HyenaFilter(nn.Module):
     @torch.no_grad()
     def taps(self, length: int) -> Taps:
         """Return at least `length` taps, made again only when a parameter has changed; for inference alone."""
-        version = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        version = self._version()
         if self._kept is None or self._kept[0] != version or self._kept[1].k_DL.shape[1] < length:
             # Twice as many as needed, so that growing inputs do not ask again at every position.
             self._kept = (version, Taps(self(min(self.l_max, max(1024, 2 * length)))))
         return self._kept[1]
+
+    @torch.no_grad()
+    def spectrum(self, length: int) -> Tensor | None:
+        """Return the filters' transform for inputs of `length`, k_CF, or None where it is not kept; for inference.
+
+        It is made when asked for again with the same weights, so that a single input does not pay memory for it, and
+        only where `_KEPT_BYTES` has room; gradients drop it.
+        """
+        key = (length, *self._version())
+        if self._spectrum is None or self._spectrum[0] != key:
+            self._spectrum = key, None
+            return None
+        if self._spectrum[1] is None:
+            channels, size = self.deltas_C.shape[0], good_size(2 * length - 1)
+            others = sum(other.spectrum_bytes for other in _keeping if other is not self)
+            if others + channels * (size // 2 + 1) * 8 > _KEPT_BYTES:
+                return None
+            implicit = self.implicit(length)
+            k_CF = implicit.h_FL.new_empty(channels, size // 2 + 1, dtype=torch.complex64)
+            for first in range(0, channels, several := _CHANNELS["cpu"]):
+                rows = slice(first, first + several)
+                k_CF[rows] = torch.fft.rfft(implicit.part(rows).taps(), n=size)
+            self._spectrum = key, k_CF
+            _keeping.add(self)
+        return self._spectrum[1]
+
+    def forget(self) -> None:
+        """Give the memory of what is kept back."""
+        self._kept = self._spectrum = None
+
+    @property
+    def spectrum_bytes(self) -> int:
+        """What the kept transform takes."""
+        return self._spectrum[1].nbytes if self._spectrum is not None and self._spectrum[1] is not None else 0
+
+    def _version(self) -> tuple[Any, ...]:
+        """Return what is another wherever the weights are."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
 
     def forward(self, length: int) -> Tensor:
         """Return the first `length` taps of every filter, k_CL, in the parameters' dtype."""
@@ -143,6 +189,8 @@ class HyenaFilter(nn.Module):
 
     def implicit(self, length: int) -> ImplicitFilter:
         """Return the first `length` taps of every filter as what makes them."""
+        if torch.is_grad_enabled():
+            self._spectrum = None
         if torch.is_grad_enabled() and self.deltas_C.is_cuda and length >= _REMADE:
             h_FL, t_L = cast(
                 tuple[Tensor, Tensor], checkpoint(self.trunk, length, use_reentrant=False, preserve_rng_state=False)
@@ -158,13 +206,25 @@ class HyenaFilter(nn.Module):
         """Return the network's last hidden layer, which all channels share, and the times t_L."""
         # Rounded, neighbouring positions of a long context would be one and the same.
         with torch.autocast(self.deltas_C.device.type, enabled=False), products("highest"):
-            h_FL, t_L = self.positions(length)
-            for layer in list(self.implicit_filter)[:-1]:
-                if isinstance(layer, nn.Linear):
-                    h_FL = torch.addmm(layer.bias[:, None], layer.weight, h_FL)
-                else:
-                    h_FL = layer(h_FL)
+            z_EL, t_L = self.positions(length)
+            if torch.is_grad_enabled() or z_EL.device.type != "cpu":
+                return self._layers(z_EL), t_L
+            pieces = z_EL.split(_POSITIONS, dim=1)
+            h_FL: Tensor | None = None
+            for number, piece_EL in enumerate(pieces):
+                piece_FL = self._layers(piece_EL)
+                if h_FL is None:
+                    h_FL = piece_FL.new_empty(piece_FL.shape[0], length)
+                h_FL[:, number * _POSITIONS :][:, : piece_FL.shape[1]] = piece_FL
+            assert h_FL is not None
             return h_FL, t_L
+
+    def _layers(self, h_FL: Tensor) -> Tensor:
+        """Apply the network up to its last hidden layer."""
+        for layer in list(self.implicit_filter)[:-1]:
+            linear = isinstance(layer, nn.Linear)
+            h_FL = torch.addmm(layer.bias[:, None], layer.weight, h_FL) if linear else layer(h_FL)
+        return h_FL
 
 
 class HyenaOperator(nn.Module):
@@ -235,7 +295,9 @@ class HyenaOperator(nn.Module):
         w_3DD, bias_3D = self.in_proj.weight.unflatten(0, (3, width)), self.in_proj.bias.unflatten(0, (3, width))
         short_3DW = self.short_filter.weight[:, 0].unflatten(0, (3, width))
         short_bias_3D = self.short_bias.unflatten(0, (3, width))
-        filters = self.filter_fn.implicit(length)
+        on_cpu = x_BLD.device.type == "cpu" and x_BLD.dtype == torch.float32 and not torch.compiler.is_compiling()
+        k_DF = self.filter_fn.spectrum(length) if on_cpu else None
+        filters = self.filter_fn.implicit(length) if k_DF is None else None
         y_BDL: Tensor | None = None
         several = _CHANNELS[x_BLD.device.type]
         for first in range(0, width, several):
@@ -243,7 +305,8 @@ class HyenaOperator(nn.Module):
             w_BCD = w_3DD[:, rows].flatten(0, 1).expand(batch, -1, -1)
             u_BCL = torch.baddbmm(bias_3D[:, rows].flatten()[:, None], w_BCD, x_BLD.transpose(1, 2))
             short = short_3DW[:, rows].flatten(0, 1), short_bias_3D[:, rows].flatten()
-            y_BLG = hyena_conv(u_BCL.transpose(1, 2), *short, filters.part(rows), self.filter_fn.skip[rows])
+            k_G = filters.part(rows) if filters is not None else cast(Tensor, k_DF)[rows]
+            y_BLG = hyena_conv(u_BCL.transpose(1, 2), *short, k_G, self.filter_fn.skip[rows])
             if y_BDL is None:
                 y_BDL = y_BLG.new_empty(batch, width, length)
             y_BDL[:, rows] = y_BLG.transpose(1, 2)

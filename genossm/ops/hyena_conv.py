@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from genossm.ops.backend import choose
@@ -47,8 +47,12 @@ class ImplicitFilter(NamedTuple):
     def taps(self) -> Tensor:
         """Return the taps k_DL."""
         with torch.autocast(self.h_FL.device.type, enabled=False), products("highest"):
-            window_DL = torch.exp(-self.decay_D.abs()[:, None] * self.t_L) + self.shift
-            return (self.w_DF @ self.h_FL) * window_DL
+            if torch.is_grad_enabled():
+                window_DL = torch.exp(-self.decay_D.abs()[:, None] * self.t_L) + self.shift
+                return (self.w_DF @ self.h_FL) * window_DL
+            # The same, in the memory of the first product: a fresh tensor as long as the input costs a pass of faults.
+            window_DL = torch.outer(-self.decay_D.abs(), self.t_L).exp_().add_(self.shift)
+            return (self.w_DF @ self.h_FL).mul_(window_DL)
 
 
 def hyena_conv_ref(
@@ -72,7 +76,7 @@ def hyena_conv(
     u_BLC: Float[Tensor, "B L C"],
     w_CW: Float[Tensor, "C W"],
     bias_C: Float[Tensor, " C"],
-    k_DL: Float[Tensor, "D K"] | ImplicitFilter,
+    k_DL: Float[Tensor, "D K"] | Complex[Tensor, "D F"] | ImplicitFilter,
     skip_D: Float[Tensor, " D"],
 ) -> Float[Tensor, "B L D"]:
     """Mix the three projections of a causal Hyena of order 2 along time.
@@ -81,15 +85,18 @@ def hyena_conv(
         u_BLC: the projections x0, x1, v side by side, C = 3 D, before the short convolution; time contiguous in
             memory (`u_BCL.transpose(1, 2)`) is the fast case and the result's form.
         w_CW, bias_C: the short convolution.
-        k_DL: the long filter over lags 0, 1, …, at least L of them, or how to make it.
+        k_DL: the long filter over lags 0, 1, …, at least L of them, or how to make it; or, where no gradient is
+            needed, its transform of `good_size(2 L - 1)` lags.
         skip_D: weight of the long convolution's own input.
 
     Returns:
         y_BLD, in the dtype of u.
 
     Raises:
-        ValueError: the filter is shorter than the sequence.
+        ValueError: the filter is shorter than the sequence, or its transform has another size.
     """
+    if isinstance(k_DL, Tensor) and k_DL.is_complex():
+        return _hyena_conv_kept(u_BLC, w_CW, bias_C, k_DL, skip_D)
     implicit = k_DL if isinstance(k_DL, ImplicitFilter) else None
     taps = k_DL.shape[1] if isinstance(k_DL, Tensor) else k_DL.h_FL.shape[1]
     if taps < u_BLC.shape[1]:
@@ -100,9 +107,7 @@ def hyena_conv(
         size = gpu_size(2 * u_BLC.shape[1] - 1)
         return kernels.ImplicitHyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, *implicit, size)
     k_DL = k_DL if isinstance(k_DL, Tensor) else k_DL.taps()
-    dtypes = {u_BLC.dtype, w_CW.dtype, bias_C.dtype, k_DL.dtype, skip_D.dtype}
-    one_dtype = dtypes == {torch.float32}
-    fits = u_BLC.device.type == "cpu" and w_CW.shape[1] == 3 and one_dtype and not torch.compiler.is_compiling()
+    fits = _numba_takes(u_BLC, w_CW, bias_C, k_DL, skip_D)
     offered = (
         (["triton"] if u_BLC.dtype != torch.float64 else []) + (["numba"] if fits else []) + ["torch", "reference"]
     )
@@ -116,6 +121,26 @@ def hyena_conv(
         return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, k_DL, gpu_size(2 * u_BLC.shape[1] - 1))
     x0_BLD, x1_BLD, v_BLD = causal_conv1d(u_BLC, w_CW, bias_C).chunk(3, dim=-1)
     return fftconv(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)
+
+
+def _numba_takes(u_BLC: Tensor, w_CW: Tensor, *others: Tensor) -> bool:
+    one_dtype = {tensor.dtype for tensor in (u_BLC, w_CW, *others)} == {torch.float32}
+    return u_BLC.device.type == "cpu" and w_CW.shape[1] == 3 and one_dtype and not torch.compiler.is_compiling()
+
+
+def _hyena_conv_kept(u_BLC: Tensor, w_CW: Tensor, bias_C: Tensor, k_DF: Tensor, skip_D: Tensor) -> Tensor:
+    """Mix with filters whose transform was kept; backends that can't use it make the filters of it again."""
+    length = u_BLC.shape[1]
+    size = good_size(2 * length - 1)
+    if k_DF.shape[1] != size // 2 + 1:
+        raise ValueError(
+            f"The filter's transform has {k_DF.shape[1]} frequencies; a sequence of {length} takes {size // 2 + 1}."
+        )
+    takes = _numba_takes(u_BLC, w_CW, bias_C, skip_D)
+    if takes and choose("hyena_conv", u_BLC.device, ["numba", "torch", "reference"]).name == "numba":
+        with torch.no_grad():
+            return _HyenaConv.apply(u_BLC.transpose(1, 2), w_CW, bias_C, k_DF, skip_D).transpose(1, 2)
+    return hyena_conv(u_BLC, w_CW, bias_C, torch.fft.irfft(k_DF, n=size)[:, :length].to(u_BLC.dtype), skip_D)
 
 
 class _HyenaConv(torch.autograd.Function):
@@ -205,5 +230,5 @@ class _Plan:
         return padded_BGN[:, : rows.stop - rows.start]
 
     def spectrum(self, k_GL: Tensor) -> Tensor:
-        """Return the transform of some filters."""
-        return torch.fft.rfft(k_GL[:, : self.length], n=self.size)
+        """Return the transform of some filters, which may be what is given."""
+        return k_GL if k_GL.is_complex() else torch.fft.rfft(k_GL[:, : self.length], n=self.size)

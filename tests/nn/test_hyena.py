@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from genossm.models.hyenadna import HyenaDNAConfig
+from genossm.nn.hyena import _keeping
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -42,3 +43,52 @@ def test_inference_in_pieces_equals_training(length, monkeypatch):
     with torch.no_grad():
         pieces = model(ids)
     torch.testing.assert_close(pieces, model(ids).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def long(monkeypatch):
+    """Short inputs go the way of long ones."""
+    monkeypatch.setattr("genossm.nn.hyena._LONG", {"cpu": 1})
+    monkeypatch.setattr("genossm.nn.hyena._POSITIONS", 64)
+    model = HyenaDNAConfig(d_model=24, n_layer=2, max_length=300).build().eval()
+    ids = torch.randint(7, 11, (2, 200))
+    return model, ids, [layer.mixer.filter_fn for layer in model.layers]
+
+
+@torch.no_grad()
+def test_filters_are_kept_from_the_second_input_on(long):
+    model, ids, filters = long
+    first = model(ids)
+    assert [f.spectrum_bytes for f in filters] == [0, 0]
+    assert torch.equal(model(ids), first)
+    assert [f.spectrum_bytes for f in filters] == [24 * 241 * 8] * 2
+    assert torch.equal(model(ids), first)
+    torch.testing.assert_close(model(ids[:, :77]), first[:, :77], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_changed_weights_change_the_kept_transform(long):
+    model, ids, filters = long
+    before = [model(ids) for _ in range(3)][-1]
+    for parameter in filters[0].parameters():
+        parameter.mul_(1.5)
+    after = model(ids)
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert torch.equal(model(ids), after)
+
+
+def test_a_gradient_drops_the_kept_transform(long):
+    model, ids, filters = long
+    with torch.no_grad():
+        model(ids), model(ids)
+    model(ids).sum().backward()
+    assert [f.spectrum_bytes for f in filters] == [0, 0]
+
+
+@torch.no_grad()
+def test_what_has_no_room_is_made_each_time(long, monkeypatch):
+    model, ids, filters = long
+    monkeypatch.setattr("genossm.nn.hyena._KEPT_BYTES", 24 * 241 * 8 + sum(f.spectrum_bytes for f in _keeping))
+    outputs = [model(ids) for _ in range(3)]
+    assert [f.spectrum_bytes > 0 for f in filters] == [True, False]
+    assert torch.equal(outputs[0], outputs[-1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genossm.ops.backend import use_backend
+from genossm.ops.fftconv import good_size
 from genossm.ops.hyena_conv import hyena_conv, hyena_conv_ref
 from genossm.testing import assert_close
 
@@ -54,3 +55,16 @@ def test_threads_share_the_rows(monkeypatch):
 def test_short_filter_is_refused():
     with pytest.raises(ValueError, match="4 taps, the sequence 5"):
         hyena_conv(torch.randn(1, 5, 6), torch.randn(6, 3), torch.randn(6), torch.randn(2, 4), torch.randn(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_a_transform_that_was_kept_is_the_filter(backend):
+    u_BLC, w_CW, bias_C, k_DL, skip_D = (torch.randn(*shape) for shape in ((2, 50, 15), (15, 3), (15,), (5, 50), (5,)))
+    given = u_BLC.transpose(1, 2).contiguous().transpose(1, 2), w_CW, bias_C
+    k_DF = torch.fft.rfft(k_DL, n=good_size(99))
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        kept = hyena_conv(*given, k_DF, skip_D)
+    assert_close(kept, hyena_conv_ref(*given, k_DL, skip_D))
+    with pytest.raises(ValueError, match="has 40 frequencies; a sequence of 50 takes 61"):
+        hyena_conv(*given, k_DF[:, :40], skip_D)
