@@ -12,6 +12,8 @@ import typer
 
 from genossm.files import write_atomically
 
+_COLUMNS = ("comparison", "variant", "ms", "tokens/s", "speed", "peak MiB", "held MiB", "target")
+
 
 def topics() -> list[str]:
     """Return what can be measured: the modules of `genossm.benchmarks`."""
@@ -125,18 +127,15 @@ def machine(device: Any) -> str:
 
 
 def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
-    """Return the rows as a table for the terminal."""
+    """Return the rows as a table for the terminal, without columns that are empty."""
+    from rich import box
     from rich.table import Table
 
-    shown = Table(title=f"bench {topic} ({where})")
-    for name in ("comparison", "variant"):
-        shown.add_column(name)
-    for name in ("ms", "tokens/s", "speed", "peak MiB", "held MiB", "target"):
-        shown.add_column(name, justify="right")
+    cells: dict[str, list[str]] = {name: [] for name in _COLUMNS}
     before = None
     for row in rows:
         rate, peak, held = row["tokens_per_second"], row["peak_mib"], row["held_mib"]
-        shown.add_row(
+        shown = (
             row["comparison"] if row["comparison"] != before else "",
             row["variant"],
             f"{1e3 * row['seconds']:,.3g}" if row["seconds"] < 1 else f"{1e3 * row['seconds']:,.0f}",
@@ -146,5 +145,14 @@ def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
             "" if held is None else f"{held:,.2f}",
             row["target"],
         )
+        for name, text in zip(_COLUMNS, shown, strict=True):
+            cells[name].append(text)
         before = row["comparison"]
-    return shown
+    filled = {name: column for name, column in cells.items() if any(column)}
+    table = Table(title=f"bench {topic} ({where})", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in filled:
+        words = name in ("comparison", "variant")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for line in zip(*filled.values(), strict=True):
+        table.add_row(*line)
+    return table

@@ -7,13 +7,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genossm.benchmarks.base import Comparison, Run
+from genossm.benchmarks.mamba import build_transformers
 from genossm.models.base import config_from_dict
+from genossm.models.mamba import MambaLM
+from genossm.ops.backend import installed, use_backend
 
-LENGTHS = {"cuda": (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22), "cpu": (1 << 10, 1 << 12)}
+LENGTHS = {
+    "cuda": (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22),
+    "cpu": (1 << 10, 1 << 12, 1 << 14),
+}
 """Lengths by kind of device."""
+_LONGEST_THEIRS = {"training": 1 << 10, "inference": 1 << 12}
+"""Where transformers' Mamba stops on a CPU: its training takes a time quadratic in the length there."""
 _LONGEST_ATTENTION = 1 << 20
 """Where a Transformer stops: its next length would take minutes a step."""
 _LONGEST_RECORDED = 1 << 16
@@ -69,10 +78,39 @@ def _build(name: str, work: str, length: int, device: torch.device) -> Mapping[s
         model.zero_grad(set_to_none=True)
 
     run: Callable[..., None] = train if work == "training" else infer
-    variants: dict[str, Run] = {f"{model.num_parameters():,} parameters": run}
+    variants: dict[str, Run] = {} if device.type == "cuda" else {"plain torch": _plainly(run)}
+    variants[f"{model.num_parameters():,} parameters"] = run
     if device.type == "cuda" and length <= _LONGEST_RECORDED and name.startswith(_RECORDED):
         variants["as a CUDA graph"] = _recorded(partial(run, cached=False))
+    if isinstance(model, MambaLM) and _reach_transformers(work, length, device):
+        variants["transformers"] = _theirs(model, work, ids_BL)
     return variants
+
+
+def _plainly(run: Run) -> Run:
+    def plain() -> object:
+        with use_backend("torch"):
+            return run()
+
+    return plain
+
+
+def _reach_transformers(work: str, length: int, device: torch.device) -> bool:
+    return device.type == "cpu" and length <= _LONGEST_THEIRS[work] and installed("transformers")
+
+
+def _theirs(model: MambaLM, work: str, ids_BL: Tensor) -> Run:
+    """Return the same work by transformers' Mamba of the same shape."""
+    other = build_transformers(model).train(work == "training")
+
+    def run() -> None:
+        with torch.set_grad_enabled(work == "training"), torch.autocast("cpu", torch.bfloat16):
+            x_BLD = other.backbone(ids_BL, use_cache=False).last_hidden_state
+        if work == "training":
+            x_BLD.float().square().mean().backward()
+            other.zero_grad(set_to_none=True)
+
+    return run
 
 
 def _recorded(run: Run) -> Run:
