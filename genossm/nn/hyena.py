@@ -138,7 +138,7 @@ class HyenaFilter(nn.Module):
     @torch.no_grad()
     def taps(self, length: int) -> Taps:
         """Return at least `length` taps, made again only when a parameter has changed; for inference alone."""
-        version = self._version()
+        version = self._weights_key()
         if self._kept is None or self._kept[0] != version or self._kept[1].k_DL.shape[1] < length:
             # Twice as many as needed, so that growing inputs do not ask again at every position.
             self._kept = (version, Taps(self(min(self.l_max, max(1024, 2 * length)))))
@@ -151,7 +151,7 @@ class HyenaFilter(nn.Module):
         It is made when asked for again with the same weights, so that a single input does not pay memory for it, and
         only where `_KEPT_BYTES` has room; gradients drop it.
         """
-        key = (length, *self._version())
+        key = (length, *self._weights_key())
         if self._spectrum is None or self._spectrum[0] != key:
             self._spectrum = key, None
             return None
@@ -178,7 +178,7 @@ class HyenaFilter(nn.Module):
         """What the kept transform takes."""
         return self._spectrum[1].nbytes if self._spectrum is not None and self._spectrum[1] is not None else 0
 
-    def _version(self) -> tuple[Any, ...]:
+    def _weights_key(self) -> tuple[Any, ...]:
         """Return what is another wherever the weights are."""
         tensors = [*self.parameters(), *self.buffers()]
         return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)

@@ -92,3 +92,9 @@ def test_what_has_no_room_is_made_each_time(long, monkeypatch):
     outputs = [model(ids) for _ in range(3)]
     assert [f.spectrum_bytes > 0 for f in filters] == [True, False]
     assert torch.equal(outputs[0], outputs[-1])
+
+
+def test_what_is_saved_with_the_weights_can_be_read_safely(tmp_path):
+    model = HyenaDNAConfig(d_model=8, n_layer=1, max_length=32).build()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert torch.load(tmp_path / "model.pt", weights_only=True).keys() == model.state_dict().keys()
