@@ -14,8 +14,12 @@ from torch.nn import functional as F
 
 from genossm.ops.rows import dropped_states, real_positions
 
-_CHUNK_VALUES = 1 << 19
-"""State values of one chunk: what one core's second-level cache holds of them and as many decays (measured)."""
+_CHUNK_VALUES = 1 << 17
+"""State values of one chunk: with as many decays they fill half of one core's second-level cache."""
+_TRAINED_CHUNK_VALUES = 1 << 19
+"""The same where a state a chunk is kept for the backward pass, of which fewer shall be."""
+_SPAN = 256
+"""Positions whose inputs are prepared at once: each operation costs as much as a few hundred values do."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,14 @@ class _Plan:
     softplus: bool
     reverse: bool
 
-    def borders(self, length: int) -> list[slice]:
-        """Return the chunks in the order in which the scan meets them."""
-        slices = [slice(start, min(length, start + self.chunk)) for start in range(0, length, self.chunk)]
+    def spans(self, length: int) -> list[slice]:
+        """Return stretches of whole chunks in the order in which the scan meets them."""
+        size = max(self.chunk, _SPAN // self.chunk * self.chunk)
+        slices = [slice(start, min(length, start + size)) for start in range(0, length, size)]
         return slices[::-1] if self.reverse else slices
 
     def order(self, n: int) -> range:
-        """Return the positions of a chunk of n in the order in which the scan meets them."""
+        """Return the positions (or chunks) of n in the order in which the scan meets them."""
         return range(n - 1, -1, -1) if self.reverse else range(n)
 
 
@@ -57,7 +62,10 @@ def selective_scan(
     """Scan in chunks; see `genossm.ops.selective_scan.selective_scan`."""
     batch, length, width = u_BLE.shape
     dtype = torch.float64 if u_BLE.dtype == torch.float64 else torch.float32
-    chunk = max(16, min(128, _CHUNK_VALUES // (batch * width * A_EN.shape[1])))
+    given = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E, initial_state_BEN)
+    trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    values = _TRAINED_CHUNK_VALUES if trained else _CHUNK_VALUES
+    chunk = max(16, min(128, values // (batch * width * A_EN.shape[1])))
     plan = _Plan(dtype, chunk, dt_softplus, reverse)
     y_BLE, state_BNE = _Scan.apply(
         plan,
@@ -89,50 +97,68 @@ class _Buffer:
 
 
 @dataclass
-class _Steps:
-    """What one chunk's positions do, time first: inputs, step sizes, decays and, once run, states."""
+class _Inputs:
+    """What goes along the sequence, for a stretch of it, time first."""
 
     u: Tensor
     raw: Tensor
     dt: Tensor
-    decay: Tensor
-    h: Tensor
-    decays: tuple[Tensor, ...]
-    states: tuple[Tensor, ...]
+    entering: Tensor
+    B: Tensor
+    C: Tensor
     real: Tensor | None
+    drop: Tensor | None
 
     @classmethod
-    def of(cls, plan: _Plan, tensors: tuple[Any, ...], span: slice, buffers: list[_Buffer]) -> "_Steps":
-        """Discretise a chunk; `h` holds what each position adds to the state until `run`."""
-        real_BL, drop_BL, u_BLE, dt_BLE, A_NE, B_BLN, bias_E = tensors
-        u, raw = _time_major(u_BLE, span, plan.dtype), _time_major(dt_BLE, span, plan.dtype)
+    def of(cls, plan: _Plan, tensors: tuple[Any, ...], span: slice) -> "_Inputs":
+        """Prepare a stretch: step sizes from their raw values, and what enters the states."""
+        real_BL, drop_BL, u_BLE, dt_BLE, B_BLN, C_BLN, bias_E = tensors
+        u, raw, B, C = (_time_major(x, span, plan.dtype) for x in (u_BLE, dt_BLE, B_BLN, C_BLN))
         if bias_E is not None:
             raw = raw + bias_E.to(plan.dtype)
         dt = F.softplus(raw) if plan.softplus else raw
-        real = None
+        real = drop = None
         if real_BL is not None:
             # A step of size 0 leaves the state as it is.
             real = real_BL[:, span].t()[..., None]
             dt = torch.where(real, dt, 0.0)
             u = torch.where(real, u, 0.0)
-        n = u.shape[0]
-        decay, h = buffers[0].whole[:n], buffers[1].whole[:n]
-        torch.mul(dt[:, :, None], A_NE.to(plan.dtype), out=decay).exp_()
         if drop_BL is not None:
-            decay.masked_fill_(drop_BL[:, span].t()[..., None, None], 0.0)
-        torch.mul((dt * u)[:, :, None], _time_major(B_BLN, span, plan.dtype)[..., None], out=h)
-        return cls(u, raw, dt, decay, h, buffers[0].rows[:n], buffers[1].rows[:n], real)
+            drop = drop_BL[:, span].t()[..., None, None]
+        return cls(u, raw, dt, dt * u, B, C, real, drop)
+
+    def chunks(self, plan: _Plan) -> list["_Inputs"]:
+        """Return the chunks of the stretch, from left to right."""
+        size, count = plan.chunk, -(-len(self.u) // plan.chunk)
+        parts: Any = ((None,) * count if x is None else x.split(size) for x in vars(self).values())
+        return [_Inputs(*part) for part in zip(*parts, strict=True)]
+
+
+@dataclass
+class _Steps:
+    """What one chunk's positions do: decays and, once run, states, whole and position by position."""
+
+    decay: Tensor
+    h: Tensor
+    decays: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, x: _Inputs, A_NE: Tensor, buffers: list[_Buffer]) -> "_Steps":
+        """Discretise a chunk; `h` holds what each position adds to the state until `run`."""
+        n = len(x.u)
+        decay, h = buffers[0].whole[:n], buffers[1].whole[:n]
+        torch.mul(x.dt[:, :, None], A_NE, out=decay).exp_()
+        if x.drop is not None:
+            decay.masked_fill_(x.drop, 0.0)
+        torch.mul(x.entering[:, :, None], x.B[..., None], out=h)
+        return cls(decay, h, buffers[0].rows[:n], buffers[1].rows[:n])
 
     def run(self, plan: _Plan, state_BNE: Tensor) -> Tensor:
         """Turn `h` into the states and return the last."""
         for i in plan.order(len(self.states)):
             state_BNE = self.states[i].addcmul_(self.decays[i], state_BNE)
         return state_BNE
-
-    def read(self, C: Tensor, D_E: Tensor | None) -> Tensor:
-        """Return what the states and the inputs give before the gate."""
-        y = (C[:, :, None] @ self.h).squeeze(-2)
-        return y if D_E is None else y.addcmul_(self.u, D_E.to(y.dtype))
 
 
 class _Scan(torch.autograd.Function):
@@ -147,21 +173,27 @@ class _Scan(torch.autograd.Function):
         state = u_BLE.new_zeros(shape, dtype=plan.dtype)
         if initial_BNE is not None:
             state.copy_(initial_BNE)
-        borders = plan.borders(length)
-        keep = any(ctx.needs_input_grad)
-        kept = state.new_empty(len(borders), *shape) if keep else None
+        A_NE = A_NE.to(plan.dtype)
+        kept = state.new_empty(-(-length // plan.chunk), *shape) if any(ctx.needs_input_grad) else None
         buffers = [_Buffer(state, min(plan.chunk, length)) for _ in range(2)]
         y_BLE = torch.empty(u_BLE.shape, dtype=u_BLE.dtype, device=u_BLE.device)
-        for index, span in enumerate(borders):
-            if kept is not None:
-                kept[index] = state
-            steps = _Steps.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, A_NE, B_BLN, bias_E), span, buffers)
-            state = steps.run(plan, state).clone()
-            y = steps.read(_time_major(C_BLN, span, plan.dtype), D_E)
+        for span in plan.spans(length):
+            x = _Inputs.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, B_BLN, C_BLN, bias_E), span)
+            chunks = x.chunks(plan)
+            read: list[Tensor] = [x.u] * len(chunks)
+            for index in plan.order(len(chunks)):
+                if kept is not None:
+                    kept[span.start // plan.chunk + index] = state
+                steps = _Steps.of(chunks[index], A_NE, buffers)
+                state = steps.run(plan, state).clone()
+                read[index] = chunks[index].C[:, :, None] @ steps.h
+            y = torch.cat(read).squeeze(-2)
+            if D_E is not None:
+                y.addcmul_(x.u, D_E.to(plan.dtype))
             if z_BLE is not None:
                 y.mul_(F.silu(_time_major(z_BLE, span, plan.dtype)))
-            if steps.real is not None:
-                y.masked_fill_(~steps.real, 0.0)
+            if x.real is not None:
+                y.masked_fill_(~x.real, 0.0)
             y_BLE[:, span] = y.transpose(0, 1)
         ctx.plan = plan
         ctx.save_for_backward(real_BL, drop_BL, *inputs, kept)
@@ -172,19 +204,26 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         plan: _Plan = ctx.plan
         real_BL, drop_BL, *inputs, kept = ctx.saved_tensors
-        u_BLE, dt_BLE, A_NE, B_BLN, _, _, _, bias_E, _ = inputs
+        u_BLE, dt_BLE, A_NE, B_BLN, C_BLN, _, _, bias_E, _ = inputs
+        A_NE = A_NE.to(plan.dtype)
         dy_BLE, carry = grads[0], grads[1].to(plan.dtype).contiguous()
         made = [None if tensor is None else torch.zeros_like(tensor, dtype=plan.dtype) for tensor in inputs]
         buffers = [_Buffer(carry, min(plan.chunk, u_BLE.shape[1])) for _ in range(3)]
-        borders = plan.borders(u_BLE.shape[1])
-        for index in range(len(borders) - 1, -1, -1):
-            span = borders[index]
-            steps = _Steps.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, A_NE, B_BLN, bias_E), span, buffers[:2])
-            steps.run(plan, kept[index])
+        for span in reversed(plan.spans(u_BLE.shape[1])):
+            x = _Inputs.of(plan, (real_BL, drop_BL, u_BLE, dt_BLE, B_BLN, C_BLN, bias_E), span)
             dout = _time_major(dy_BLE, span, plan.dtype)
-            if steps.real is not None:
-                dout = torch.where(steps.real, dout, 0.0)
-            carry = _chunk_gradients(plan, steps, kept[index], dout, carry, span, inputs, made, buffers[2])
+            if x.real is not None:
+                dout = torch.where(x.real, dout, 0.0)
+            chunks, douts = x.chunks(plan), dout.split(plan.chunk)
+            for index in reversed(plan.order(len(chunks))):
+                start = span.start + index * plan.chunk
+                before = kept[start // plan.chunk]
+                steps = _Steps.of(chunks[index], A_NE, buffers[:2])
+                steps.run(plan, before)
+                place = slice(start, start + len(douts[index]))
+                carry = _chunk_gradients(
+                    plan, chunks[index], steps, before, douts[index], carry, place, inputs, made, buffers[2]
+                )
         if made[8] is not None:
             made[8] = carry
         back = (None if m is None else m.to(tensor.dtype) for m, tensor in zip(made, inputs, strict=True))
@@ -193,6 +232,7 @@ class _Scan(torch.autograd.Function):
 
 def _chunk_gradients(
     plan: _Plan,
+    x: _Inputs,
     steps: _Steps,
     before: Tensor,
     dout: Tensor,
@@ -203,17 +243,18 @@ def _chunk_gradients(
     buffer: _Buffer,
 ) -> Tensor:
     """Add a chunk's gradients to `made`; `carry` is that of the state after the chunk, the result of that before."""
-    _, _, A_NE, B_BLN, C_BLN, D_E, z_BLE, bias_E, _ = inputs
+    _, _, A_NE, _, _, D_E, z_BLE, bias_E, _ = inputs
     n = len(dout)
-    B, C = _time_major(B_BLN, span, plan.dtype), _time_major(C_BLN, span, plan.dtype)
     if z_BLE is not None:
         z = _time_major(z_BLE, span, plan.dtype)
         gate = torch.sigmoid(z)
-        y = steps.read(C, D_E)
+        y = (x.C[:, :, None] @ steps.h).squeeze(-2)
+        if D_E is not None:
+            y.addcmul_(x.u, D_E.to(plan.dtype))
         made[6][:, span] = (dout * y * gate * (1 + z * (1 - gate))).transpose(0, 1)
         dout = dout * z * gate
     made[4][:, span] = (steps.h @ dout[..., None]).squeeze(-1).transpose(0, 1)
-    g = torch.mul(dout[:, :, None], C[..., None], out=buffer.whole[:n])
+    g = torch.mul(dout[:, :, None], x.C[..., None], out=buffer.whole[:n])
     # g[t] becomes the gradient of state t: what its own output gives and what the next state hands back.
     gradients, decays = buffer.rows, steps.decays
     order = plan.order(n)
@@ -221,8 +262,8 @@ def _chunk_gradients(
     for i in range(n - 2, -1, -1):
         gradients[order[i]].addcmul_(decays[order[i + 1]], gradients[order[i + 1]])
     carry = decays[order[0]] * gradients[order[0]]
-    made[3][:, span] = (g @ (steps.dt * steps.u)[..., None]).squeeze(-1).transpose(0, 1)
-    dinput = (B[:, :, None] @ g).squeeze(-2)
+    made[3][:, span] = (g @ x.entering[..., None]).squeeze(-1).transpose(0, 1)
+    dinput = (x.B[:, :, None] @ g).squeeze(-2)
     # From here on g is the gradient of each decay's exponent: g * decay * the state before.
     g.mul_(steps.decay)
     gradients[order[0]].mul_(before)
@@ -232,16 +273,16 @@ def _chunk_gradients(
             ahead, behind = behind, ahead
         g[ahead].mul_(steps.h[behind])
     # The states are read for the last time; their memory takes what is summed.
-    ddt = torch.mul(g, A_NE.to(plan.dtype), out=steps.h).sum(-2).addcmul_(dinput, steps.u)
-    made[2] += g.mul_(steps.dt[:, :, None]).sum((0, 1))
-    du = dinput * steps.dt
+    ddt = torch.mul(g, A_NE.to(plan.dtype), out=steps.h).sum(-2).addcmul_(dinput, x.u)
+    made[2] += g.mul_(x.dt[:, :, None]).sum((0, 1))
+    du = dinput * x.dt
     if D_E is not None:
-        made[5] += (dout * steps.u).sum((0, 1))
+        made[5] += (dout * x.u).sum((0, 1))
         du.addcmul_(dout, D_E.to(plan.dtype))
     if plan.softplus:
-        ddt *= torch.sigmoid(steps.raw)
-    if steps.real is not None:
-        ddt.masked_fill_(~steps.real, 0.0)
+        ddt *= torch.sigmoid(x.raw)
+    if x.real is not None:
+        ddt.masked_fill_(~x.real, 0.0)
     if bias_E is not None:
         made[7] += ddt.sum((0, 1))
     made[0][:, span], made[1][:, span] = du.transpose(0, 1), ddt.transpose(0, 1)
