@@ -149,6 +149,8 @@ class Backbone(nn.Module, ABC):
         """
         if ids_BL.ndim != 2 or ids_BL.shape[1] == 0:
             raise ValueError(f"ids must be (batch, length) with at least one token; got {tuple(ids_BL.shape)}.")
+        if ids_BL.is_floating_point():
+            raise ValueError(f"ids must be whole numbers; got {ids_BL.dtype}.")
         if self.max_length is not None and ids_BL.shape[1] > self.max_length:
             raise ValueError(
                 f"The input has {ids_BL.shape[1]} tokens; this model takes at most {self.max_length}. Crop or tile it,"

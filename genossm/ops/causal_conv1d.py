@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genossm.ops import backend
-from genossm.ops.rows import check_rows, dropped_states, real_positions
+from genossm.ops.rows import check_rows, check_shapes, dropped_states, real_positions
 
 _KERNELS = {
     "triton": "genossm.ops.kernels.causal_conv1d_triton",
@@ -92,11 +92,18 @@ def causal_conv1d(
         y_BLE, or (y_BLE, state_BEW1).
 
     Raises:
-        ValueError: another activation, no position, or lengths or resets of another shape.
+        ValueError: another activation, no position, tensors whose shapes don't fit the input's, or lengths beyond it.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu'; got {activation!r}.")
-    check_rows(lengths_B, resets_BL, x_BLE.shape[0], x_BLE.shape[1])
+    batch, length, width = x_BLE.shape
+    check_rows(lengths_B, resets_BL, batch, length)
+    taps = w_EW.shape[-1]
+    check_shapes(
+        w_EW=(w_EW, (width, taps)),
+        bias_E=(bias_E, (width,)),
+        initial_state_BEW1=(initial_state_BEW1, (batch, width, taps - 1)),
+    )
     # The CPU kernel computes in float32 with channels contiguous; torch's own is the fast one where time is.
     fits = x_BLE.device.type != "cpu" or (x_BLE.dtype != torch.float64 and x_BLE.stride(2) == 1)
     offered = [name for name in _KERNELS if name != "numba" or fits]

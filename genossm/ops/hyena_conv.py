@@ -19,6 +19,7 @@ from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref, good_size, gpu_size
 from genossm.ops.kernels.threads_numba import array, copied, run_shared, threads_for
 from genossm.ops.precision import products
+from genossm.ops.rows import check_shapes
 
 _GROUP = 1 << 18
 """FFT elements of a group: its buffers fit the caches of a core (measured: 2^17 to 2^19 are alike)."""
@@ -93,8 +94,15 @@ def hyena_conv(
         y_BLD, in the dtype of u.
 
     Raises:
-        ValueError: the filter is shorter than the sequence, or its transform has another size.
+        ValueError: the filter is shorter than the sequence, its transform has another size, or shapes don't fit together.
     """
+    width = (k_DL if isinstance(k_DL, Tensor) else k_DL.w_DF).shape[0]
+    check_shapes(
+        u_BLC=(u_BLC, (*u_BLC.shape[:2], 3 * width)),
+        w_CW=(w_CW, (3 * width, w_CW.shape[-1])),
+        bias_C=(bias_C, (3 * width,)),
+        skip_D=(skip_D, (width,)),
+    )
     if isinstance(k_DL, Tensor) and k_DL.is_complex():
         return _hyena_conv_kept(u_BLC, w_CW, bias_C, k_DL, skip_D)
     implicit = k_DL if isinstance(k_DL, ImplicitFilter) else None

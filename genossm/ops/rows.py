@@ -1,4 +1,4 @@
-"""Which positions of a row are real and where its documents begin: what recurrent ops share."""
+"""What recurrent ops share: which positions of a row are real, where its documents begin, and what fits together."""
 
 import torch
 from torch import Tensor
@@ -31,11 +31,30 @@ def check_rows(lengths_B: Tensor | None, resets_BL: Tensor | None, batch: int, l
     """Refuse lengths and resets of another shape.
 
     Raises:
-        ValueError: they don't fit (batch, length), or there is no position at all.
+        ValueError: they don't fit (batch, length), there is no position at all, or a length is beyond the row; that is
+            looked up on the CPU alone, whose kernels trust it.
     """
     if length == 0:
         raise ValueError("The sequence has length 0; a scan needs at least one position.")
     if lengths_B is not None and lengths_B.shape != (batch,):
         raise ValueError(f"lengths must be (batch,) = ({batch},); got {tuple(lengths_B.shape)}.")
+    if lengths_B is not None and lengths_B.device.type == "cpu" and not torch.compiler.is_compiling():
+        given: list[int] = lengths_B.tolist()
+        if not all(0 <= real <= length for real in given):
+            raise ValueError(f"Each length must be in 0..{length}; got {given}.")
     if resets_BL is not None and resets_BL.shape != (batch, length):
         raise ValueError(f"resets must be (batch, length) = {(batch, length)}; got {tuple(resets_BL.shape)}.")
+
+
+def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Refuse tensors that don't fit together: a kernel would read beyond their memory.
+
+    Args:
+        tensors: each with the shape it must have; None is one that was not given.
+
+    Raises:
+        ValueError: a tensor has another shape.
+    """
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, to fit the others; got {tuple(tensor.shape)}.")

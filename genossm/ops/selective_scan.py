@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genossm.ops import backend
-from genossm.ops.rows import check_rows, dropped_states, real_positions
+from genossm.ops.rows import check_rows, check_shapes, dropped_states, real_positions
 
 _KERNELS = {
     "triton": "genossm.ops.kernels.selective_scan_triton",
@@ -114,9 +114,22 @@ def selective_scan(
         y_BLE in the dtype of u, or (y_BLE, state_BEN) with a state of float32 (float64 for float64 input).
 
     Raises:
-        ValueError: no position, lengths or resets of another shape, or a backend asked for that can't run here.
+        ValueError: no position, tensors whose shapes don't fit the input's, lengths beyond it, or a backend asked for
+            that can't run here.
     """
-    check_rows(lengths_B, resets_BL, u_BLE.shape[0], u_BLE.shape[1])
+    batch, length, width = u_BLE.shape
+    check_rows(lengths_B, resets_BL, batch, length)
+    states = A_EN.shape[-1]
+    check_shapes(
+        dt_BLE=(dt_BLE, (batch, length, width)),
+        A_EN=(A_EN, (width, states)),
+        B_BLN=(B_BLN, (batch, length, states)),
+        C_BLN=(C_BLN, (batch, length, states)),
+        D_E=(D_E, (width,)),
+        z_BLE=(z_BLE, (batch, length, width)),
+        dt_bias_E=(dt_bias_E, (width,)),
+        initial_state_BEN=(initial_state_BEN, (batch, width, states)),
+    )
     offered = [name for name in _KERNELS if name != "numba" or _numba_takes(u_BLE, A_EN, dt_softplus)]
     chosen = backend.choose("selective_scan", u_BLE.device, [*offered, "reference"]).name
     scan = selective_scan_ref if chosen == "reference" else importlib.import_module(_KERNELS[chosen]).selective_scan

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genossm.ops import backend
-from genossm.ops.rows import check_rows, dropped_states, real_positions
+from genossm.ops.rows import check_rows, check_shapes, dropped_states, real_positions
 
 _KERNELS = {
     "triton": "genossm.ops.kernels.ssd_triton",
@@ -111,10 +111,22 @@ def ssd(
         y_BLHP in the dtype of x, or (y_BLHP, state_BHPN) with a state of float32 (float64 for float64 input).
 
     Raises:
-        ValueError: no position, G does not divide H, lengths or resets of another shape, or a backend asked for that
-            can't run here.
+        ValueError: no position, G does not divide H, tensors whose shapes don't fit the input's, lengths beyond it, or
+            a backend asked for that can't run here.
     """
-    check_rows(lengths_B, resets_BL, x_BLHP.shape[0], x_BLHP.shape[1])
+    batch, length, heads, headdim = x_BLHP.shape
+    check_rows(lengths_B, resets_BL, batch, length)
+    groups, states = B_BLGN.shape[-2:]
+    check_shapes(
+        dt_BLH=(dt_BLH, (batch, length, heads)),
+        A_H=(A_H, (heads,)),
+        B_BLGN=(B_BLGN, (batch, length, groups, states)),
+        C_BLGN=(C_BLGN, (batch, length, groups, states)),
+        D=(D, (heads,) if D is not None and D.ndim == 1 else (heads, headdim)),
+        z_BLHP=(z_BLHP, (batch, length, heads, headdim)),
+        dt_bias_H=(dt_bias_H, (heads,)),
+        initial_state_BHPN=(initial_state_BHPN, (batch, heads, headdim, states)),
+    )
     if x_BLHP.shape[2] % B_BLGN.shape[2]:
         raise ValueError(f"The {B_BLGN.shape[2]} groups of B and C must divide the {x_BLHP.shape[2]} heads.")
     # The kernels compute in float32.

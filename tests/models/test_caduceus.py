@@ -99,6 +99,11 @@ def test_ids_out_of_range_are_refused(ids):
         CaduceusConfig(d_model=8, n_layer=1, rcps=True).build()(ids)
 
 
+def test_ids_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"whole numbers; got torch\.float32"):
+        CaduceusConfig(d_model=8, n_layer=1).build().check(torch.full((1, 4), 7.5))
+
+
 @pytest.mark.parametrize("mask", [torch.ones(4), torch.ones(2, 3, 1), torch.zeros(1, 3)], ids=["1-d", "3-d", "empty"])
 def test_a_mask_of_another_shape_or_an_empty_row_is_refused(mask):
     with pytest.raises(ValueError, match=r"must be \(batch, length\)|no hole and no empty row"):

@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -80,3 +82,11 @@ def test_time_contiguous_input_stays_time_contiguous():
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="None or 'silu'; got 'relu'"):
         causal_conv1d(torch.randn(1, 4, 2), torch.randn(2, 3), activation="relu")
+
+
+@pytest.mark.parametrize("name", ["w_EW", "bias_E", "initial_state_BEW1"])
+def test_tensors_that_do_not_fit_are_refused(name):
+    inputs = {"w_EW": torch.randn(5, 4), "bias_E": torch.randn(5), "initial_state_BEW1": torch.randn(2, 5, 3)}
+    inputs[name] = inputs[name][:-1] if name == "w_EW" else inputs[name][..., :-1]
+    with pytest.raises(ValueError, match=f"{name} must be .* to fit the others"):
+        inspect.unwrap(causal_conv1d)(torch.randn(2, 7, 5), **inputs)

@@ -1,4 +1,5 @@
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -68,3 +69,11 @@ def test_a_transform_that_was_kept_is_the_filter(backend):
     assert_close(kept, hyena_conv_ref(*given, k_DL, skip_D))
     with pytest.raises(ValueError, match="has 40 frequencies; a sequence of 50 takes 61"):
         hyena_conv(*given, k_DF[:, :40], skip_D)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_tensors_that_do_not_fit_are_refused(place):
+    shapes = [(1, 5, 6), (6, 3), (6,), (2, 5), (2,)]
+    shapes[place] = (1, 5, 9) if place == 0 else (shapes[place][0] + 1, *shapes[place][1:])
+    with pytest.raises(ValueError, match="to fit the others"):
+        inspect.unwrap(hyena_conv)(*(torch.randn(shape) for shape in shapes))

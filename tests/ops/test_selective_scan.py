@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -183,8 +185,18 @@ def test_step_by_step_equals_all_at_once():
         ((torch.tensor([3]), None, 2, 5), r"lengths must be \(batch,\) = \(2,\)"),
         ((None, torch.zeros(2, 4, dtype=torch.bool), 2, 5), r"resets must be \(batch, length\) = \(2, 5\)"),
         ((None, None, 2, 0), "length 0"),
+        ((torch.tensor([3, 9]), None, 2, 5), r"Each length must be in 0\.\.5; got \[3, 9\]"),
+        ((torch.tensor([-1, 5]), None, 2, 5), r"Each length must be in 0\.\.5"),
     ],
 )
 def test_rows_of_another_shape_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         check_rows(*rows)
+
+
+@pytest.mark.parametrize("name", ["dt_BLE", "A_EN", "B_BLN", "C_BLN", "D_E", "z_BLE", "dt_bias_E", "initial_state_BEN"])
+def test_tensors_that_do_not_fit_are_refused_before_a_kernel_reads_beyond_them(name):
+    inputs = draw_inputs(2, 7, 5, 3)
+    inputs[name] = inputs[name][..., :-1]
+    with pytest.raises(ValueError, match=f"{'B_BLN' if name == 'A_EN' else name} must be .* to fit the others"):
+        inspect.unwrap(selective_scan)(**inputs)

@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 
@@ -125,3 +127,11 @@ def test_step_by_step_equals_all_at_once():
 def test_groups_that_do_not_divide_the_heads_are_refused():
     with pytest.raises(ValueError, match="3 groups of B and C must divide the 4 heads"):
         ssd(**draw_inputs(1, 5, 4, 2, 3, 2))
+
+
+@pytest.mark.parametrize("name", ["dt_BLH", "A_H", "C_BLGN", "D", "z_BLHP", "dt_bias_H", "initial_state_BHPN"])
+def test_tensors_that_do_not_fit_are_refused(name):
+    inputs = draw_inputs(2, 7, 4, 3, 2, 5)
+    inputs[name] = inputs[name][..., :-1]
+    with pytest.raises(ValueError, match=f"{name} must be .* to fit the others"):
+        inspect.unwrap(ssd)(**inputs)
