@@ -94,7 +94,7 @@ def hyena_conv(
         y_BLD, in the dtype of u.
 
     Raises:
-        ValueError: the filter is shorter than the sequence, its transform has another size, or shapes don't fit together.
+        ValueError: the filter is shorter than the sequence, its transform has another size, or shapes don't fit.
     """
     width = (k_DL if isinstance(k_DL, Tensor) else k_DL.w_DF).shape[0]
     check_shapes(
