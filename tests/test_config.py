@@ -59,13 +59,24 @@ def test_every_model_composes(model):
     assert compose("train", [f"model={model}"]).model["_target_"]
 
 
-@pytest.mark.parametrize("start", [["train.py"], ["-m", "genossm.cli", "train"]], ids=" ".join)
-def test_the_command_line_says_it_in_one_line(start, tmp_path):
-    command = [sys.executable, *start, "model.d_modle=3", f"output={tmp_path}"]
+def test_the_command_line_says_it_in_one_line(tmp_path):
+    command = [sys.executable, "train.py", "model.d_modle=3", f"output={tmp_path}"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "80"})
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: model has no key 'd_modle'; there are: d_model")
     assert ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_command_says_the_same(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
+    monkeypatch.setattr(sys, "argv", ["genossm", "train", "model.d_modle=3", f"output={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: model has no key 'd_modle'; there are: d_model")
+    assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ import torch
 
 Run = Callable[[], object]
 
-_REPEATS = 5
+_REPEATS = 15
 """The most runs of a variant in one round."""
 
 

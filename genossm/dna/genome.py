@@ -206,6 +206,8 @@ def encode(path: str | Path, cache: str | Path | None = None) -> Path:
                 _write_store(path, handle, stat)
                 handle.flush()
                 os.fsync(handle.fileno())
+            # Temporary files are for their owner alone; whoever may read the FASTA may read what was made of it.
+            temporary.chmod(stat.st_mode & 0o444 | 0o600)
             temporary.replace(store)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

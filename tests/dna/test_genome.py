@@ -1,4 +1,5 @@
 import gzip
+import os
 
 import pytest
 
@@ -26,6 +27,17 @@ def test_is_encoded_again_when_the_file_changes(tmp_path):
     assert Genome(fasta).contigs == {"one": 4}
     write(fasta, ">one\nACGTACGT\n")
     assert Genome(fasta).contigs == {"one": 8}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o600, 0o444])
+def test_whoever_may_read_the_fasta_may_read_the_store(tmp_path, mode):
+    path = tmp_path / "a.fa"
+    path.write_text(">a/b\nACGT\n>../c\nAC\n")
+    path.chmod(mode)
+    assert Genome(path).contigs == {"a/b": 4, "../c": 2}
+    assert (tmp_path / "a.fa.tokens").stat().st_mode & 0o777 == mode | 0o600
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.fa", "a.fa.tokens"]
 
 
 @pytest.mark.parametrize(
