@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -26,6 +27,26 @@ def test_peak_is_what_a_run_takes_above_its_inputs():
     if peak is None:
         pytest.skip("the peak of resident memory is read from Linux's /proc")
     assert 60 < peak < 80
+
+
+def test_what_takes_long_runs_once_and_what_is_fast_several_times_a_round(tmp_path):
+    def build():
+        def run(name, seconds):
+            # In a file, for memory is measured in a process of its own.
+            with (tmp_path / name).open("a") as file:
+                file.write("x")
+            time.sleep(seconds)
+
+        return {"slow": lambda: run("slow", 0.02), "middling": lambda: run("m", 0.02), "fast": lambda: run("f", 0)}
+
+    told = []
+    rows = measure(Comparison(name="c", build=build, once=("slow",)), CPU, seconds=0.1, report=told.append)
+    assert [row.variant for row in rows] == ["slow", "middling", "fast"]
+    assert (tmp_path / "slow").read_text() == "x"
+    assert len((tmp_path / "f").read_text()) > len((tmp_path / "m").read_text()) > 3
+    assert rows[0].runs == 1
+    assert rows[2].ratio > 2
+    assert "slow, its only run" in told
 
 
 def test_unknown_names_are_refused():

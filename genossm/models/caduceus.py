@@ -163,6 +163,10 @@ class Caduceus(Backbone):
         return not self.config.bidirectional and not self.config.rcps
 
     @property
+    def streams(self) -> bool:
+        return self.causal
+
+    @property
     def d_output(self) -> int:
         return self.config.d_model * (2 if self.config.rcps else 1)
 
