@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any, no_type_check
 
 import numpy as np
-from llvmlite import binding
 from numba import config as numba_config
 from numba import njit
+from numba.core.codegen import get_host_cpu_features
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ def _take_widest_registers() -> None:
     """
     # Its attributes are made at run time.
     config: Any = numba_config
-    features = binding.get_host_cpu_features()
-    if config.CPU_FEATURES is None and config.ENABLE_AVX and features.get("avx512vbmi2"):
-        config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
+    features: str = get_host_cpu_features()
+    if config.CPU_FEATURES is None and "+avx512vbmi2" in features.split(","):
+        config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
 _take_widest_registers()
