@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genossm.ops.backend import use_backend
+from genossm.ops.kernels import selective_scan_torch
 from genossm.ops.rows import check_rows
 from genossm.ops.selective_scan import selective_scan, selective_scan_ref, selective_scan_step
 from genossm.testing import assert_close, assert_equals_reference
@@ -43,6 +44,18 @@ def test_torch_over_several_chunks(shape, reverse):
     options = {"reverse": reverse, "return_state": True, "resets_BL": torch.rand(shape[:2]) < 0.05}
     with use_backend("torch"):
         assert_equals_reference(selective_scan, selective_scan_ref, draw_inputs(*shape), options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_torch_over_several_stretches_of_short_chunks(reverse, monkeypatch):
+    for name, value in (("_SPAN", 48), ("_CHUNK_VALUES", 1), ("_TRAINED_CHUNK_VALUES", 1)):
+        monkeypatch.setattr(selective_scan_torch, name, value)
+    options = {"reverse": reverse, "lengths_B": torch.tensor([150, 70]), "resets_BL": torch.rand(2, 150) < 0.05}
+    inputs = draw_inputs(2, 150, 3, 2)
+    with use_backend("torch"):
+        assert_equals_reference(selective_scan, selective_scan_ref, inputs, {**options, "return_state": True})
+        with torch.no_grad():
+            assert_close(selective_scan(**inputs, **options), selective_scan_ref(**inputs, **options))
 
 
 def test_numba_equals_reference_forward_and_backward(rows):
