@@ -30,6 +30,7 @@ def bench(
     seconds: float = 3.0,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     out: Path | None = None,
+    resume: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure a topic: data, ops, train, …; each row's ratio is to the first variant of its comparison.
 
@@ -45,18 +46,21 @@ def bench(
         threads: CPU threads; 0 leaves torch's choice.
         seconds: time to spend on each comparison, about.
         as_json: print JSON lines instead of a table.
-        out: also write the rows to this file, as JSON, with the machine.
+        out: also write the rows to this file, as JSON, with the machine, after each comparison; scaling and generation
+            are drawn beside it.
+        resume: keep the comparisons that out holds already, and measure only the others.
 
     Returns:
         The rows.
 
     Raises:
-        ValueError: no such topic, comparison or device.
+        ValueError: no such topic, comparison or device, or out holds what another topic or machine gave.
     """
     import torch
     from rich.console import Console
 
     from genossm.benchmarks.base import measure
+    from genossm.plot import BENCHES, plot
 
     if topic not in topics():
         raise ValueError(f"No benchmark is named {topic!r}; there are: {', '.join(topics())}.")
@@ -71,8 +75,11 @@ def bench(
             f"No comparison of {topic} has {only!r} in its name: {', '.join(c.name for c in comparisons)}."
         )
     console, progress = Console(), Console(stderr=True)
-    rows: list[dict[str, Any]] = []
+    rows = _held(out, topic, machine(chosen)) if resume else []
+    held = {row["comparison"] for row in rows}
     for comparison in wanted:
+        if comparison.name in held:
+            continue
         with progress.status(comparison.name) as status:
 
             def report(what: str, name: str = comparison.name, show: Callable[[str], None] = status.update) -> None:
@@ -83,20 +90,35 @@ def bench(
         if as_json:
             for row in new:
                 console.print(json.dumps(row), highlight=False, soft_wrap=True)
+        if out is not None:
+            text = json.dumps({"topic": topic, "machine": machine(chosen), "rows": rows}, indent=1) + "\n"
+            write_atomically(out, lambda path, text=text: path.write_text(text))
     if not as_json:
         console.print(table(topic, rows, machine(chosen)))
     if topic == "scaling":
         for series, power in module.exponents(rows).items():
             console.print(f"{series}: time grows with length^{power:.2f}", highlight=False)
-    if out is not None:
-        from genossm.plot import plot_generation, plot_scaling
-
-        draw = {"scaling": plot_scaling, "generation": plot_generation}.get(topic)
-        if draw is not None:
-            console.print(str(draw(rows, out.with_suffix(".png"))))
-        report = json.dumps({"topic": topic, "machine": machine(chosen), "rows": rows}, indent=1) + "\n"
-        write_atomically(out, lambda path: path.write_text(report))
+    if out is not None and topic in BENCHES:
+        console.print(str(plot(out, out=out.with_suffix(".png"), overwrite=True).path))
     return rows
+
+
+def _held(out: Path | None, topic: str, where: str) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run.
+
+    Raises:
+        ValueError: they are of another topic or machine, or no file is named.
+    """
+    if out is None:
+        raise ValueError("--resume goes on with the rows of a file; say which with --out.")
+    if not out.exists():
+        return []
+    report = json.loads(out.read_text())
+    if (report["topic"], report["machine"]) != (topic, where):
+        raise ValueError(
+            f"{out} holds {report['topic']} on {report['machine']}, not {topic} on {where}; choose another out."
+        )
+    return report["rows"]
 
 
 def choose_device(name: str) -> Any:

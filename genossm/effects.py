@@ -22,8 +22,12 @@ from genossm.models.base import length_mask
 from genossm.models.classifier import Classifier
 
 METHODS = ("llr", "l2", "cosine", "head")
-_STATES = 32
-"""Sites along a reference whose states wait for their alleles at a time."""
+_STATES = 64
+"""Sites along references whose states wait for their alleles at a time."""
+_STOPS = 64
+"""Places in a reference at which its state may be kept: alleles start at the last one before their site."""
+_PIECE = {"cpu": 1 << 13, "cuda": 1 << 20}
+"""Tokens of a batch that are read at once, by kind of device: on a CPU few enough to stay near."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Effects:
         self.likelihoods = "llr" in methods and ready.model.causal
         self.shares = share and classifier is None and is_recurrent(ready)
         self._base_ids: list[int] = ready.tokenizer.encode("ACGT").tolist()
+        self._counted_V = torch.zeros(ready.model.config.padded_vocab_size, dtype=torch.bool, device=ready.device)
+        self._counted_V[self._base_ids] = True
 
     @property
     def columns(self) -> list[str]:
@@ -193,7 +199,7 @@ class Effects:
             lengths_B = torch.full(ids_BL.shape[:1], ids_BL.shape[1], device=ids_BL.device)
         real_BL = length_mask(lengths_B, ids_BL.shape[1])
         if self.likelihoods:
-            values["nats"] = self._nats(x_BLD[:, :-1], ids_BL[:, 1:], real_BL[:, 1:]).cpu().numpy()
+            values["nats"] = self._nats(x_BLD[:, :-1], ids_BL[:, 1:], real_BL[:, 1:]).sum(1).cpu().numpy()
         if self.pools:
             sums_BD = (x_BLD.float() * real_BL[..., None]).sum(1)
             values["mean"] = (sums_BD / lengths_B[:, None]).double().cpu().numpy()
@@ -202,127 +208,102 @@ class Effects:
         return values
 
     def _from_prefix(self, sites: Sequence[Site], chosen: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
-        """Run the shared start of each site once, then what follows it in each of its sequences."""
-        groups: dict[int, list[int]] = defaultdict(list)
+        """Read each reference once, equally long ones side by side, and each allele from the state that it left."""
+        groups: dict[int, list[list[int]]] = defaultdict(list)
         for numbers in _by_reference(sites, chosen).values():
-            if len(numbers) > 1:
-                self._along(sites, numbers, measured)
-            else:
-                groups[sites[numbers[0]].prefix] += numbers
-        for prefix, numbers in groups.items():
+            groups[len(sites[numbers[0]].sequences[0])].append(numbers)
+        for length, rows in groups.items():
 
-            def call(batch: list[int], prefix: int = prefix, numbers: list[int] = numbers) -> None:
-                self._extend(sites, [numbers[index] for index in batch], prefix, measured)
+            def call(batch: list[int], rows: list[list[int]] = rows) -> None:
+                self._along(sites, [rows[index] for index in batch], measured)
 
-            self.sizing.run([sum(map(len, sites[number].sequences)) for number in numbers], call)
+            # Read in pieces, so that more of them fit side by side.
+            self.sizing.run([-(-length // 4)] * len(rows), call)
 
-    def _extend(
-        self, sites: Sequence[Site], batch: Sequence[int], prefix: int, measured: dict[tuple[int, int], Any]
-    ) -> None:
-        model = self.ready.model
-        start_BP, _ = self.ready.stack([self.ready.ids(sites[number].sequences[0][:prefix]) for number in batch])
-        before_BPD, state = model.extend(start_BP, model.init_state(len(batch)))
-        rows = [(number, allele) for number in batch for allele in range(len(sites[number].sequences))]
-        place = {number: index for index, number in enumerate(batch)}
-        source_R = torch.tensor([place[number] for number, _ in rows], device=start_BP.device)
-        rest = [self.ready.ids(sites[number].sequences[allele][prefix:]) for number, allele in rows]
-        # A deletion at a contig's end may leave nothing to run: one padding token keeps the batch rectangular.
-        ids_RS, _ = self.ready.stack(
-            [row if len(row) else row.new_full((1,), self.ready.tokenizer.pad_id) for row in rest]
-        )
-        after_RSD, _ = model.extend(ids_RS, select_rows(state, source_R))
-        counted = torch.tensor([len(row) for row in rest], device=ids_RS.device)
-        real_RS = torch.arange(ids_RS.shape[1], device=ids_RS.device) < counted[:, None]
-        values: dict[str, Any] = {}
-        if self.likelihoods:
-            last_R1D = before_BPD[:, -1:].index_select(0, source_R)
-            x_RSD = torch.cat([last_R1D, after_RSD[:, :-1]], 1)
-            values["nats"] = self._nats(x_RSD, ids_RS, real_RS).cpu().numpy()
-        if self.pools:
-            sums_RD = (after_RSD.float() * real_RS[..., None]).sum(1)
-            sums_RD += before_BPD.float().sum(1).index_select(0, source_R)
-            values["mean"] = (sums_RD / (counted[:, None] + prefix)).double().cpu().numpy()
-        for index, row in enumerate(rows):
-            measured[row] = {name: value[index] for name, value in values.items()}
-
-    def _along(self, sites: Sequence[Site], numbers: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
-        """Run a reference that several sites have once, and their alleles from the states that it passes."""
-        model, numbers = self.ready.model, sorted(numbers, key=lambda number: sites[number].prefix)
-        ids_1L, _ = self.ready.stack([self.ready.ids(sites[numbers[0]].sequences[0])])
-        length, done = ids_1L.shape[1], 0
-        nats_L = torch.zeros(length, dtype=torch.float64, device=ids_1L.device)
-        here = _Passed(
-            model.init_state(1), ids_1L, torch.zeros(1, model.d_output, dtype=torch.float64).to(ids_1L.device)
-        )
-        for first in range(0, len(numbers) + 1, _STATES):
-            chunk = numbers[first : first + _STATES]
-            passed: dict[int, _Passed] = {}
-            # After the last site comes what is left of the reference.
-            ends = [sites[number].prefix for number in chunk]
-            for end in [*ends, *([length] if len(chunk) < _STATES else [])]:
-                if end > done:
-                    x_1PD, state = model.extend(ids_1L[:, done:end], here.state)
-                    if self.likelihoods:
-                        targets_1P = ids_1L[:, done + 1 : end + 1]
-                        real_1P = torch.ones_like(targets_1P, dtype=torch.bool)
-                        nats_1P = self._token_nats(x_1PD[:, : targets_1P.shape[1]], targets_1P, real_1P)
-                        nats_L[done + 1 : end + 1] = nats_1P[0]
-                    here = _Passed(state, x_1PD[:, -1:], here.sum_1D + x_1PD.double().sum(1))
-                    done = end
-                passed[end] = here
-            self._alleles(sites, chunk, passed, measured)
-        for number in numbers:
-            values: dict[str, Any] = {}
-            if self.likelihoods:
-                values["nats"] = float(nats_L[sites[number].prefix :].sum())
-            if self.pools:
-                values["mean"] = (here.sum_1D[0] / length).cpu().numpy()
-            measured[number, 0] = values
+    def _along(self, sites: Sequence[Site], rows: Sequence[list[int]], measured: dict[tuple[int, int], Any]) -> None:
+        """Read references side by side, and the alleles of their sites from the states on the way."""
+        ids_BL, _ = self.ready.stack([self.ready.ids(sites[numbers[0]].sequences[0]) for numbers in rows])
+        nats_BL = torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device)
+        here, done = self._start(len(rows)), 0
+        places = sorted((_cut(sites[number]), row, number) for row, numbers in enumerate(rows) for number in numbers)
+        for first in range(0, len(places) + 1, _STATES):
+            chunk = places[first : first + _STATES]
+            passed: dict[tuple[int, int], _Passed] = {}
+            # After the last site comes what is left of the references.
+            ends = [(ids_BL.shape[1], -1, -1)] if len(chunk) < _STATES else []
+            for cut, row, _ in [*chunk, *ends]:
+                if cut > done:
+                    nats_BL[:, done:cut], here = self._read(ids_BL[:, done:cut], here)
+                    done = cut
+                if row >= 0 and (row, cut) not in passed:
+                    passed[row, cut] = here.row(row)
+            self._alleles(sites, [(number, passed[row, cut]) for cut, row, number in chunk], measured)
+        means_BD = (here.sum_BD / ids_BL.shape[1]).cpu().numpy()
+        nats = nats_BL.cpu().numpy()
+        for cut, row, number in places:
+            values = {"nats": float(nats[row, cut:].sum())} if self.likelihoods else {}
+            measured[number, 0] = values | ({"mean": means_BD[row]} if self.pools else {})
 
     def _alleles(
-        self,
-        sites: Sequence[Site],
-        numbers: Sequence[int],
-        passed: dict[int, "_Passed"],
-        measured: dict[tuple[int, int], Any],
+        self, sites: Sequence[Site], starts: Sequence[tuple[int, "_Passed"]], measured: dict[tuple[int, int], Any]
     ) -> None:
-        """Run what follows the shared start in each allele of some sites of one reference."""
-        rows = [(number, allele) for number in numbers for allele in range(1, len(sites[number].sequences))]
+        """Run what follows the shared start in each allele of some sites, given what was there."""
+        rows = [
+            (number, allele, before) for number, before in starts for allele in range(1, len(sites[number].sequences))
+        ]
         # A deletion at a contig's end may leave nothing to run: one padding token keeps the batch rectangular.
-        rest = [self.ready.ids(sites[number].sequences[allele][sites[number].prefix :]) for number, allele in rows]
+        rest = [self.ready.ids(sites[number].sequences[allele][_cut(sites[number]) :]) for number, allele, _ in rows]
         padded = [row if len(row) else row.new_full((1,), self.ready.tokenizer.pad_id) for row in rest]
 
         def call(batch: list[int]) -> None:
-            before = [passed[sites[rows[row][0]].prefix] for row in batch]
-            ids_RS, _ = self.ready.stack([padded[row] for row in batch])
-            after_RSD, _ = self.ready.model.extend(ids_RS, join_rows([one.state for one in before]))
-            counted_R = torch.tensor([len(rest[row]) for row in batch], device=ids_RS.device)
-            real_RS = torch.arange(ids_RS.shape[1], device=ids_RS.device) < counted_R[:, None]
-            values: dict[str, Any] = {}
-            if self.likelihoods:
-                x_RSD = torch.cat([torch.cat([one.last_11D for one in before]), after_RSD[:, :-1]], 1)
-                values["nats"] = self._nats(x_RSD, ids_RS, real_RS).cpu().numpy()
-            if self.pools:
-                sums_RD = torch.cat([one.sum_1D for one in before])
-                sums_RD = sums_RD + (after_RSD.double() * real_RS[..., None]).sum(1)
-                starts_R = torch.tensor([sites[rows[row][0]].prefix for row in batch], device=ids_RS.device)
-                values["mean"] = (sums_RD / (starts_R + counted_R)[:, None]).cpu().numpy()
+            ids_BS, _ = self.ready.stack([padded[row] for row in batch])
+            counted_B = torch.tensor([len(rest[row]) for row in batch], device=ids_BS.device)
+            real_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device) < counted_B[:, None]
+            nats_BS, after = self._read(ids_BS, _Passed.join([rows[row][2] for row in batch]), real_BS)
+            nats_B = nats_BS.sum(1).tolist()
+            starts_B = torch.tensor([_cut(sites[rows[row][0]]) for row in batch], device=ids_BS.device)
+            means_BD = (after.sum_BD / (starts_B + counted_B)[:, None]).cpu().numpy()
             for index, row in enumerate(batch):
-                measured[rows[row]] = {name: value[index] for name, value in values.items()}
+                values: dict[str, Any] = {"nats": nats_B[index]} if self.likelihoods else {}
+                measured[rows[row][:2]] = values | ({"mean": means_BD[index]} if self.pools else {})
 
         self.sizing.run([len(row) for row in padded], call)
 
-    def _nats(self, x_BLD: Tensor, targets_BL: Tensor, real_BL: Tensor) -> Tensor:
-        """Return the log-likelihood of each row's targets, N and padding not counted, in float64."""
-        return self._token_nats(x_BLD, targets_BL, real_BL).sum(1)
+    def _start(self, rows: int) -> "_Passed":
+        """Return what stands before the first base; it predicts nothing, so no site is compared there."""
+        model, device = self.ready.model, self.ready.device
+        zeros_B1D = torch.zeros(rows, 1, model.d_output, device=device)
+        return _Passed(model.init_state(rows), zeros_B1D, zeros_B1D[:, 0].double())
 
-    def _token_nats(self, x_BLD: Tensor, targets_BL: Tensor, real_BL: Tensor) -> Tensor:
+    def _read(self, ids_BL: Tensor, before: "_Passed", real_BL: Tensor | None = None) -> tuple[Tensor, "_Passed"]:
+        """Read on, piece by piece; returns the log-likelihood of each base in nats_BL and what there is after them.
+
+        Args:
+            ids_BL: what is read.
+            before: where it starts.
+            real_BL: the bases that count; None is all.
+        """
+        nats_BL = torch.zeros(ids_BL.shape, dtype=torch.float64, device=ids_BL.device)
+        real_BL = torch.ones_like(ids_BL, dtype=torch.bool) if real_BL is None else real_BL
+        state, last_B1D, sum_BD = before
+        piece = max(1, _PIECE.get(ids_BL.device.type, _PIECE["cpu"]) // len(ids_BL))
+        for start in range(0, ids_BL.shape[1], piece):
+            part = slice(start, start + piece)
+            x_BPD, state = self.ready.model.extend(ids_BL[:, part], state)
+            if self.likelihoods:
+                shifted_BPD = torch.cat([last_B1D.to(x_BPD.dtype), x_BPD[:, :-1]], 1)
+                nats_BL[:, part] = self._nats(shifted_BPD, ids_BL[:, part], real_BL[:, part])
+            if self.pools:
+                sum_BD = sum_BD + (x_BPD.double() * real_BL[:, part, None]).sum(1)
+            last_B1D = x_BPD[:, -1:]
+        return nats_BL, _Passed(state, last_B1D, sum_BD)
+
+    def _nats(self, x_BLD: Tensor, targets_BL: Tensor, real_BL: Tensor) -> Tensor:
         """Return the log-likelihood of each target, 0 for N and padding, in float64."""
-        bases = torch.tensor(self._base_ids).to(targets_BL)
-        counted_BL = real_BL & torch.isin(targets_BL, bases)
-        logits_BLV = self.ready.model.logits(x_BLD).float()
-        picked_BL = logits_BLV.gather(-1, targets_BL.long()[..., None])[..., 0] - logits_BLV.logsumexp(-1)
-        return torch.where(counted_BL, picked_BL.double(), 0.0)
+        targets_BL = targets_BL.long()
+        logp_BLV = self.ready.model.logits(x_BLD).float().log_softmax(-1)
+        picked_BL = logp_BLV.gather(-1, targets_BL[..., None])[..., 0]
+        return torch.where(real_BL & self._counted_V[targets_BL], picked_BL.double(), 0.0)
 
     def _masked(self, sites: Sequence[Site], found: Sequence[Any]) -> None:
         """Hide the bases in which alleles differ from their reference and compare what the model expects there."""
@@ -366,12 +347,29 @@ class Effects:
         self.sizing.run([len(sites[key.site].sequences[key.shown]) for key in keys], call)
 
 
+def _cut(site: Site) -> int:
+    """Return where the alleles of a site start: not at the first base, which nothing predicts."""
+    apart = max(1, len(site.sequences[0]) // _STOPS)
+    return max(1, site.prefix // apart * apart)
+
+
 class _Passed(NamedTuple):
-    """What a reference left behind before a site: the state, the last hidden vector, the sum of all of them."""
+    """What was read left behind: the state, the last hidden vector, the sum of all of them."""
 
     state: Any
-    last_11D: Tensor
-    sum_1D: Tensor
+    last_B1D: Tensor
+    sum_BD: Tensor
+
+    def row(self, row: int) -> "_Passed":
+        """Return one row of it."""
+        rows_B = torch.tensor([row], device=self.last_B1D.device)
+        return _Passed(select_rows(self.state, rows_B), self.last_B1D[row : row + 1], self.sum_BD[row : row + 1])
+
+    @staticmethod
+    def join(several: Sequence["_Passed"]) -> "_Passed":
+        """Return them as rows of one; a state's size does not tell how much was read."""
+        states, lasts, sums = zip(*several, strict=True)
+        return _Passed(join_rows(states), torch.cat(lasts), torch.cat(sums))
 
 
 class _Hidden(NamedTuple):

@@ -1,5 +1,6 @@
 """Figures of rows: loss curves, bars, scaling curves, embeddings, sequence logos, variant tracks."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -201,3 +202,65 @@ def track(rows: Rows, column: str) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set(xlabel=f"position on {contig}", ylabel=column)
     return figure
+
+
+def lengths(rows: Rows) -> Any:
+    """Draw time over length for rows of `genossm bench scaling`, one line a backbone, training beside inference.
+
+    A line has the fastest variant of each length.
+    """
+    figure, panels = _pair(sharey=True)
+    for work, axes in zip(("training", "inference"), panels, strict=True):
+        lines: dict[str, dict[int, float]] = {}
+        for row in rows:
+            series, _, length = row["comparison"].rpartition(" ")
+            name, _, kind = series.rpartition(" ")
+            if kind == work and not math.isnan(row["seconds"]):
+                line = lines.setdefault(name, {})
+                line[int(length)] = min(1e3 * row["seconds"], line.get(int(length), math.inf))
+        for name, line in lines.items():
+            axes.loglog(*zip(*line.items(), strict=True), marker="o", ms=4, label=name)
+        axes.set(xlabel="length in tokens", title=work)
+    panels[0].set_ylabel("ms")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def generation(rows: Rows) -> Any:
+    """Draw the time of one more base, and the memory of the state, over the context, one line a backbone.
+
+    Args:
+        rows: those of `genossm bench generation`.
+    """
+    figure, panels = _pair()
+    lines: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
+    for row in rows:
+        name, _, context = row["comparison"].rpartition(" ")
+        label = name if row["variant"] == "step by step" else f"{name}, {row['variant']}"
+        lines[label].append((int(context), 1e3 / row["tokens_per_second"], row["held_mib"]))
+    for label, points in lines.items():
+        context, milliseconds, held = zip(*points, strict=True)
+        again = "again" in label
+        style = {"marker": "o", "ms": 4, "ls": ":" if again else "-"}
+        (line,) = panels[0].loglog(context, milliseconds, label=label, **style)
+        if not again:
+            panels[1].loglog(context, held, color=line.get_color(), **style)
+    panels[0].set(xlabel="bases before", ylabel="ms a base")
+    panels[1].set(xlabel="bases before", ylabel="MiB of state")
+    contexts = sorted({context for points in lines.values() for context, *_ in points})
+    for panel in panels:
+        panel.set_xticks(contexts, [f"{context // 1024} k" for context in contexts], minor=False)
+        panel.xaxis.minorticks_off()
+    # Above the curves, where none of them runs.
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _pair(**shared: bool) -> tuple[Any, Any]:
+    """Return an empty figure of two panels side by side."""
+    figure, axes = blank(10, 4.5)
+    axes.remove()
+    panels = figure.subplots(1, 2, **shared)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels

@@ -4,8 +4,7 @@ import csv
 import html
 import io
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import genossm.figures as figures
 from genossm.files import open_text, write_atomically
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
+BENCHES = {"scaling": "lengths", "generation": "generation"}
+"""The figures of what `genossm bench` measures, by topic."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ def plot(
 
     Args:
         table: metrics.csv of a run (loss), embeddings, scores or mutagenesis as Parquet, rows with a length (scaling)
-            or with task, model and score (bars) as .csv, .tsv or .json.
+            or with task, model and score (bars) as .csv, .tsv or .json, what bench scaling (lengths) and bench
+            generation (generation) wrote.
         out: the figure; .html holds it as a drawing in a page of its own.
-        kind: loss, bars, scaling, embedding, logo or track; by default what the columns tell.
+        kind: loss, bars, scaling, embedding, logo, track, lengths or generation; by default what the columns tell.
         color: column of an embedding's table that colours the points.
         column: what is drawn: a score (track, logo), a measurement (scaling), a metric (bars).
         region: number of the region of a logo.
@@ -64,7 +66,7 @@ def plot(
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} is there already. Choose another out, or replace it with --overwrite.")
     rows = read_rows(Path(table))
-    chosen = kind or kind_of(list(rows[0]))
+    chosen = kind or kind_of(rows[0])
     draw: dict[str, Callable[[], Any]] = {
         "loss": lambda: figures.loss({int(r["step"]): _numbers(r) for r in rows}, {}),
         "bars": lambda: figures.bars(rows, column or "score"),
@@ -72,6 +74,8 @@ def plot(
         "embedding": lambda: figures.embedding(rows, color, method),
         "logo": lambda: figures.logo(rows, region, column or "llr"),
         "track": lambda: figures.track(rows, column or "llr"),
+        "lengths": lambda: figures.lengths(rows),
+        "generation": lambda: figures.generation(rows),
     }
     if chosen not in draw:
         raise ValueError(f"kind must be one of {', '.join(draw)}; got {chosen!r}.")
@@ -102,7 +106,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 loaded = json.loads(text)
             except json.JSONDecodeError:
                 loaded = [json.loads(line) for line in text.splitlines() if line.strip()]
-            rows = loaded.get("rows", []) if isinstance(loaded, dict) else loaded
+            rows = loaded
+            if isinstance(loaded, dict):
+                # What `genossm bench` writes: the topic stands once, above its rows.
+                rows = [{"topic": loaded.get("topic"), **row} for row in loaded.get("rows", [])]
         else:
             rows = list(csv.DictReader(io.StringIO(text), delimiter="\t" if name.endswith(".tsv") else ","))
     if not rows:
@@ -110,8 +117,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def kind_of(columns: list[str]) -> str:
-    """Tell from a table's columns what figure it is for.
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Tell from a row of a table what figure it is for.
 
     Raises:
         ValueError: they fit none.
@@ -123,13 +130,16 @@ def kind_of(columns: list[str]) -> str:
         "scaling": ("length",),
         "bars": ("task", "model"),
     }
-    if any(name.startswith("embedding") for name in columns):
+    if any(name.startswith("embedding") for name in row):
         return "embedding"
+    if row.get("topic") in BENCHES:
+        return BENCHES[row["topic"]]
     for kind, needed in marks.items():
-        if all(name in columns for name in needed):
+        if all(name in row for name in needed):
             return kind
     raise ValueError(
-        f"The columns {', '.join(columns[:12])} fit no figure; say kind, one of embedding, {', '.join(marks)}."
+        f"The columns {', '.join(list(row)[:12])} fit no figure; say kind, one of embedding,"
+        f" {', '.join([*marks, *BENCHES.values()])}."
     )
 
 
@@ -164,77 +174,3 @@ def plot_loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, f
         The path.
     """
     return save(figures.loss(rows, baselines), Path(path))
-
-
-def plot_scaling(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draw time over length, both logarithmic, one line a backbone, training and inference side by side.
-
-    A line has the fastest variant of each length.
-
-    Args:
-        rows: those of `genossm bench scaling`.
-        path: a .png, .svg or .pdf file.
-
-    Returns:
-        The path.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    for work, axes in zip(("training", "inference"), panels, strict=True):
-        lines: dict[str, dict[int, float]] = {}
-        for row in rows:
-            series, _, length = row["comparison"].rpartition(" ")
-            name, _, kind = series.rpartition(" ")
-            if kind == work and not math.isnan(row["seconds"]):
-                line = lines.setdefault(name, {})
-                line[int(length)] = min(1e3 * row["seconds"], line.get(int(length), math.inf))
-        for name, line in lines.items():
-            axes.loglog(*zip(*line.items(), strict=True), marker="o", ms=4, label=name)
-        axes.set(xlabel="length in tokens", title=work)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms")
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    return Path(path)
-
-
-def plot_generation(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draw the time of one more base, and the memory of the state, over the context, one line a backbone.
-
-    Args:
-        rows: those of `genossm bench generation`.
-        path: a .png, .svg or .pdf file.
-
-    Returns:
-        The path.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    lines: dict[str, list[tuple[int, float, float]]] = {}
-    for row in rows:
-        name, _, context = row["comparison"].rpartition(" ")
-        label = name if row["variant"] == "step by step" else f"{name}, {row['variant']}"
-        lines.setdefault(label, []).append((int(context), 1e3 / row["tokens_per_second"], row["held_mib"]))
-    for label, points in lines.items():
-        context, milliseconds, held = zip(*points, strict=True)
-        again = "again" in label
-        style = {"marker": "o", "ms": 4, "ls": ":" if again else "-"}
-        (line,) = panels[0].loglog(context, milliseconds, label=label, **style)
-        if not again:
-            panels[1].loglog(context, held, color=line.get_color(), **style)
-    panels[0].set(xlabel="bases before", ylabel="ms a base")
-    panels[1].set(xlabel="bases before", ylabel="MiB of state")
-    # Above the curves, where none of them runs.
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    return Path(path)

@@ -90,7 +90,7 @@ def score(
     out: Path | None = None,
     methods: Sequence[str] | None = None,
     window: int | None = None,
-    grid: int = 1,
+    grid: int | None = None,
     strand: str = "both",
     ref_mismatch: str = "error",
     share: bool = True,
@@ -111,8 +111,9 @@ def score(
         out: .vcf.gz (BGZF), .vcf, .parquet or .tsv; in Python, None keeps the rows in memory.
         methods: of llr, l2, cosine and head, with commas; by default llr, or head for a fine-tuned model.
         window: bases around each variant; by default as many as the model takes, at most 8192.
-        grid: let windows begin at multiples of so many bases, so that variants close to each other have the same window
-            and the model reads its reference once; 1 centres each on its variant.
+        grid: windows begin at multiples of so many bases, so that variants close to each other have the same window and
+            the model reads its reference once; by default a quarter of the window for causal models, which keeps each
+            variant in the middle quarter. 1 centres each window on its variant, the default of all others.
         strand: both (the mean of the two) or forward.
         ref_mismatch: what to do where REF is not the genome's: error, warn (score against the genome) or skip.
         share: let a recurrent model compute what alleles share once.
@@ -139,7 +140,7 @@ def score(
             classifier.to(ready.device).eval()
         effects = Effects(ready, methods or (["head"] if classifier else ["llr"]), classifier, batch_size, share)
         size = check_window(window, ready)
-        check_grid(grid, size)
+        grid = choose_grid(grid, size, effects)
         store = Genome(genome)
         alleles = read_alleles(Vcf(vcf), store, size, ref_mismatch)
         run = Run(effects, store, alleles, size, strand, grid)
@@ -194,14 +195,21 @@ def check_window(window: int | None, ready: Opened) -> int:
     return size
 
 
-def check_grid(grid: int, window: int) -> None:
-    """Refuse a grid on which a variant could come close to an end of its window.
+def choose_grid(grid: int | None, window: int, effects: Effects) -> int:
+    """Return the bases between the begins of two windows.
+
+    A fine-tuned head was trained on windows around what it judges, and masked models read each site anew: for both the
+    default centres.
 
     Raises:
-        ValueError: so it could.
+        ValueError: a variant could come close to an end of its window.
     """
-    if not 1 <= grid <= max(1, window // 4):
-        raise ValueError(f"grid must be in 1..{max(1, window // 4)}, a quarter of the window; got {grid}.")
+    most = max(1, window // 4)
+    if grid is None:
+        return most if effects.ready.model.causal and effects.classifier is None else 1
+    if not 1 <= grid <= most:
+        raise ValueError(f"grid must be in 1..{most}, a quarter of the window; got {grid}.")
+    return grid
 
 
 def read_alleles(vcf: Vcf, genome: Genome, window: int, policy: str) -> list[Allele]:

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--fasta", type=Path, required=True)
     parser.add_argument("--first", type=int, default=42425000, help="1-based position of the FASTA's first base")
     parser.add_argument("--windows", type=int, nargs="+", default=[1024, 8192, 131072])
+    parser.add_argument("--grid", type=int, default=1, help="as of genossm score; 1 centres each window on its variant")
     parser.add_argument("--every", type=int, default=1, help="take every n-th position only")
     parser.add_argument("--strand", default="both")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="bf16 runs under autocast")
@@ -92,7 +93,9 @@ def scores(model: Any, rows: list[dict[str, str]], window: int, options: argpars
             for row in rows
         ]
         vcf.write_text("#CHROM\tPOS\tID\tREF\tALT\n" + "".join(records))
-        found = genossm.score(model, vcf=vcf, genome=options.fasta, window=window, strand=options.strand, device=device)
+        found = genossm.score(
+            model, vcf=vcf, genome=options.fasta, window=window, grid=options.grid, strand=options.strand, device=device
+        )
     return found.table.column("llr").to_pylist()
 
 

@@ -6,6 +6,7 @@ import torch
 
 from genossm.bench import bench, topics
 from genossm.benchmarks.base import Comparison, measure, peak_mib
+from genossm.plot import plot
 
 CPU = torch.device("cpu")
 
@@ -69,3 +70,22 @@ def test_rows_are_written(tmp_path):
     rows = bench("ops", only="16,384, forward", device="cpu", seconds=0.1, out=tmp_path / "rows.json")
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
     assert {row["variant"] for row in rows} == {"published form", "genossm"}
+
+
+def test_measuring_goes_on_where_a_file_ends(tmp_path, monkeypatch):
+    from genossm.benchmarks import generation
+
+    monkeypatch.setattr(generation, "CONTEXTS", (32, 64))
+    monkeypatch.setattr(generation, "STEPS", 2)
+    out = tmp_path / "generation.json"
+    options = {"device": "cpu", "seconds": 0.01, "out": out, "resume": True}
+    first = bench("generation", only="Mamba 32", **options)
+    both = bench("generation", only="Mamba", **options)
+    assert both[0] == first[0]
+    assert [row["comparison"] for row in json.loads(out.read_text())["rows"]] == ["Mamba 32", "Mamba 64"]
+    assert plot(out, out=tmp_path / "again.html").kind == "generation"
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="holds generation on"):
+        bench("load", **options)
+    with pytest.raises(ValueError, match="--out"):
+        bench("generation", resume=True)

@@ -81,9 +81,12 @@ def nats(model, text):
     return float(logp.gather(1, ids[0, 1:, None]).sum())
 
 
-def both_strands(model, contig, start, ref, alt, window=64):
+def both_strands(model, contig, start, ref, alt, grid, window=64):
     """The mean over both strands of the ratio; windows by hand."""
-    first = min(max(0, (2 * start + len(ref)) // 2 - window // 2), len(contig) - window)
+    centred = (2 * start + len(ref)) // 2 - window // 2
+    begins = [grid * number for number in range(-window, len(contig))]
+    nearest = min(begins, key=lambda first: (abs(first - centred), -first))
+    first = min(max(0, nearest), len(contig) - window)
     last = first + window
     changed = contig[:start] + alt + contig[start + len(ref) :]
     forward = changed[first : first + window]
@@ -94,10 +97,12 @@ def both_strands(model, contig, start, ref, alt, window=64):
     return (nats(model, forward) - nats(model, reference) + nats(model, rc(reverse)) - nats(model, rc(reference))) / 2
 
 
-@pytest.mark.parametrize("kind", ["hyena", "transformer", "mamba", "mamba2"])
-def test_causal_ratio_is_that_of_whole_windows_on_both_strands(kind, contig, genome, vcf):
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("hyena", 1), ("transformer", 5), ("mamba", 1), ("mamba", None), ("mamba2", None)]
+)
+def test_causal_ratio_is_that_of_whole_windows_on_both_strands(kind, grid, contig, genome, vcf):
     model = build(kind)
-    got = score(model, vcf=vcf, genome=genome, window=64).table.to_pylist()
+    got = score(model, vcf=vcf, genome=genome, window=64, grid=grid).table.to_pylist()
     scored = [row for row in got if row["status"] == "scored"]
     assert len(scored) == 10
     for row in scored:
@@ -110,7 +115,7 @@ def test_causal_ratio_is_that_of_whole_windows_on_both_strands(kind, contig, gen
         start, ref, alt = (
             (variant.start, variant.ref, variant.alt) if variant else (row["pos"] - 1, row["ref"], row["alt"])
         )
-        assert row["llr"] == pytest.approx(both_strands(model, contig, start, ref, alt), abs=2e-4)
+        assert row["llr"] == pytest.approx(both_strands(model, contig, start, ref, alt, grid or 16), abs=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "striped_hyena"])
@@ -195,9 +200,9 @@ def test_masked_ratio_of_indels_hides_as_many_bases_in_both(contig, genome, vcf)
 
 def test_distances(contig, genome, vcf):
     model = build("hyena")
-    row = score(model, vcf=vcf, genome=genome, window=64, strand="forward", methods=["l2", "cosine"]).table.to_pylist()[
-        1
-    ]
+    row = score(
+        model, vcf=vcf, genome=genome, window=64, grid=1, strand="forward", methods=["l2", "cosine"]
+    ).table.to_pylist()[1]
     with torch.no_grad():
         text = contig[99 - 32 : 99 + 32]
         ref, alt = (

@@ -16,22 +16,23 @@ from genossm.models.mamba import MambaConfig
 from genossm.score import score
 
 COUNT, WINDOW = 120, 8192
-APART, GRID = 100, 512
 
 
 def comparisons(device: torch.device) -> list[Comparison]:
-    """Return one comparison a number of alleles at a position, on which the gain depends, and one of shared windows."""
-    return [compare(1, device), compare(3, device), compare(1, device, apart=APART, grid=GRID)]
+    """Return one comparison a number of alleles at a position and a distance, on both of which the gain depends."""
+    shapes: list[tuple[int, int, int | None]] = [(1, 1000, None), (1, 100, None), (3, 1, None), (1, 8000, None)]
+    shapes += [(1, 1000, 1), (3, 1, 1)]
+    return [compare(alleles, apart, grid, device) for alleles, apart, grid in shapes]
 
 
-def compare(alleles: int, device: torch.device, apart: int | None = None, grid: int = 1) -> Comparison:
+def compare(alleles: int, apart: int, grid: int | None, device: torch.device) -> Comparison:
     """Compare the log-likelihood ratios of 120 SNVs on the forward strand.
 
     Args:
         alleles: how many of them stand at each position.
+        apart: bases between positions.
+        grid: see `genossm.score.score`; None is its default, 1 centres each window.
         device: where.
-        apart: bases between positions; None spreads them over the contig.
-        grid: see `genossm.score.score`.
     """
 
     def build() -> Mapping[str, Run]:
@@ -41,8 +42,7 @@ def compare(alleles: int, device: torch.device, apart: int | None = None, grid: 
         contig = next(iter(genome.contigs))
         codes = genome.codes(contig) & np.uint8(0x7F)
         count = -(-COUNT // alleles)
-        last = len(codes) - WINDOW if apart is None else WINDOW + (count - 1) * apart
-        places = np.linspace(WINDOW, last, count).astype(int).tolist()
+        places = [WINDOW + number * apart for number in range(count)]
         variants = [
             (at, base)
             for at in places
@@ -59,7 +59,7 @@ def compare(alleles: int, device: torch.device, apart: int | None = None, grid: 
             for first in range(0, COUNT, together):
                 rows: list[torch.Tensor] = []
                 for at, base in variants[first : first + together]:
-                    start = (at - WINDOW // 2) // grid * grid
+                    start = at - WINDOW // 2
                     reference = codes[start : start + WINDOW]
                     changed = reference.copy()
                     changed[at - start] = base
@@ -75,7 +75,5 @@ def compare(alleles: int, device: torch.device, apart: int | None = None, grid: 
             ),
         }
 
-    title = f"Mamba d16 x 1, {COUNT:,} SNVs in windows of 8 kb, {alleles} a position"
-    if apart is not None:
-        title += f", {apart} bp apart, windows on a grid of {grid} bp"
-    return Comparison(name=title, build=build, memory=False)
+    title = f"{COUNT:,} SNVs in windows of 8 kb, {alleles} a position, {apart:,} bp apart"
+    return Comparison(name=title + (", centred" if grid == 1 else ""), build=build, memory=False)

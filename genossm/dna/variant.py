@@ -166,10 +166,10 @@ def windows(
 ) -> tuple[list[Bytes], int, int]:
     """Cut windows around a site, one of the reference and one of each allele.
 
-    The window is centred on the site, begins at a multiple of `grid`, so that close sites have the same one, and is
-    shifted inwards at the ends of the contig. An allele that is longer or
-    shorter than the reference gets fewer or more bases at the end that is not anchored, so that all windows are
-    equally long as far as the contig reaches.
+    Of the windows that begin at multiples of `grid` it is the one whose middle is nearest to the site's, so that close
+    sites have the same one; at the ends of the contig it is shifted inwards. An allele that is longer or shorter than
+    the reference gets fewer or more bases at the end that is not anchored, so that all windows are equally long as far
+    as the contig reaches.
 
     Args:
         variant: the site and its reference allele; its own `alt` is not read.
@@ -182,7 +182,7 @@ def windows(
     Returns:
         The windows, reference first, and the half-open range of the reference allele in the first.
     """
-    first = ((variant.start + variant.end) // 2 - length // 2) // grid * grid
+    first = ((variant.start + variant.end) // 2 - length // 2 + grid // 2) // grid * grid
     first = min(max(0, first), max(0, len(codes) - length))
     last = min(first + length, len(codes))
     left, right = codes[first : variant.start], codes[variant.end : last]
