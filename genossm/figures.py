@@ -77,7 +77,7 @@ def bars(rows: Rows, column: str) -> Any:
         axes.bar(places, [float(np.mean(value)) for value in values], width, yerr=spread, label=model)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axes.set(ylabel=column)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=min(4, len(models)), frameon=False)
     return figure
 
 
@@ -109,8 +109,10 @@ def embedding(rows: Rows, color: str | None, method: str) -> Any:
     values_ND = np.array([row[name] for row in rows], dtype=np.float64)
     if len(rows) < 3:
         raise ValueError(f"A figure of embeddings needs at least 3 rows; got {len(rows)}.")
+    from matplotlib import colormaps
+
     points_N2, labels = _projected(values_ND, method)
-    figure, axes = blank(6.5, 5.5)
+    figure, axes = blank(7.5, 5.5)
     if color is None:
         axes.scatter(*points_N2.T, s=8)
     else:
@@ -120,10 +122,12 @@ def embedding(rows: Rows, color: str | None, method: str) -> Any:
         if numbers:
             figure.colorbar(axes.scatter(*points_N2.T, s=8, c=kinds), label=color)
         else:
-            for kind in sorted(set(map(str, kinds))):
+            different = sorted(set(map(str, kinds)))
+            shades = colormaps["tab10" if len(different) <= 10 else "turbo"].resampled(max(10, len(different)))
+            for number, kind in enumerate(different):
                 chosen = np.array([str(k) == kind for k in kinds])
-                axes.scatter(*points_N2[chosen].T, s=8, label=kind)
-            axes.legend(frameon=False, title=color)
+                axes.scatter(*points_N2[chosen].T, s=8, label=kind, color=shades(number))
+            figure.legend(loc="outside right upper", ncols=-(-len(different) // 25), frameon=False, title=color)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     return figure
 
@@ -201,6 +205,7 @@ def track(rows: Rows, column: str) -> Any:
         panel.axhline(0, color="0.5", lw=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set(xlabel=f"position on {contig}", ylabel=column)
+        panel.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
