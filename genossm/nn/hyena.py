@@ -18,6 +18,8 @@ from genossm.ops.precision import products
 _LONG = {"cpu": 1 << 13, "cuda": 1 << 18}
 """Tokens from which inference goes through a few channels at a time, by kind of device."""
 _CHANNELS = {"cpu": 16, "cuda": 64}
+_LEAST_CHANNELS, _ELEMENTS = 4, 1 << 23
+"""A CPU takes fewer channels where one of their projections would have more elements, but never less than so many."""
 _REMADE = 1 << 15
 """Taps from which a GPU makes the filters' network again in the backward pass: its layers are as long as the input."""
 _POSITIONS = 1 << 12
@@ -274,7 +276,9 @@ class HyenaOperator(nn.Module):
             )
         plain = self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training)
         if plain and length >= _LONG.get(x_BLD.device.type, length + 1) and not torch.is_grad_enabled():
-            return self._mix_groups(x_BLD)
+            y_BDL = self._mix_groups(x_BLD)
+            weight_BDD = self.out_proj.weight.T.expand(y_BDL.shape[0], -1, -1)
+            return torch.baddbmm(self.out_proj.bias, y_BDL.transpose(1, 2), weight_BDD)
         # (3D, D) @ (B, D, L): time is contiguous from here to the output projection, with no transposed copy.
         u_BCL = cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias))
         if plain:
@@ -290,7 +294,10 @@ class HyenaOperator(nn.Module):
         return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), self.out_proj.weight, self.out_proj.bias))
 
     def _mix_groups(self, x_BLD: Tensor) -> Tensor:
-        """Mix a long input with no gradient: projections and filters are made for a few channels at a time."""
+        """Mix a long input with no gradient, up to the output projection, time contiguous.
+
+        Projections and filters are made for a few channels at a time.
+        """
         batch, length, width = x_BLD.shape
         w_3DD, bias_3D = self.in_proj.weight.unflatten(0, (3, width)), self.in_proj.bias.unflatten(0, (3, width))
         short_3DW = self.short_filter.weight[:, 0].unflatten(0, (3, width))
@@ -300,6 +307,8 @@ class HyenaOperator(nn.Module):
         filters = self.filter_fn.implicit(length) if k_DF is None else None
         y_BDL: Tensor | None = None
         several = _CHANNELS[x_BLD.device.type]
+        if x_BLD.device.type == "cpu":
+            several = max(_LEAST_CHANNELS, min(several, _ELEMENTS // (batch * length)))
         for first in range(0, width, several):
             rows = slice(first, first + several)
             w_BCD = w_3DD[:, rows].flatten(0, 1).expand(batch, -1, -1)
@@ -311,8 +320,7 @@ class HyenaOperator(nn.Module):
                 y_BDL = y_BLG.new_empty(batch, width, length)
             y_BDL[:, rows] = y_BLG.transpose(1, 2)
         assert y_BDL is not None
-        weight_BDD = self.out_proj.weight.T.expand(batch, -1, -1)
-        return torch.baddbmm(self.out_proj.bias, y_BDL.transpose(1, 2), weight_BDD)
+        return y_BDL
 
     def _mix(self, u_BCL: Tensor, mask_BL: Tensor | None) -> Tensor:
         """Mix along time for any order and direction, gate by gate."""
