@@ -37,6 +37,7 @@ from genossm.train import (
     build_loggers,
     build_model,
     build_trainer,
+    close_loggers,
     compose,
     fast_steps,
     quieten,
@@ -153,6 +154,7 @@ def run(config: DictConfig, dataset: LabelledData | None = None) -> FinetuneResu
     if trainer.is_global_zero:
         table.save()
         _write(result, config, labelled, splits, outputs, targets)
+    close_loggers(trainer)
     return result
 
 

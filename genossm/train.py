@@ -105,13 +105,15 @@ def train(config: DictConfig) -> TrainResult:
         checkpoint.save(model, folder / "model", notes)
         report(task, data, metrics, table, folder)
         (folder / "finished").touch()
+    close_loggers(trainer)
     return TrainResult(folder, model, metrics)
 
 
 def quieten() -> None:
-    """Silence what Lightning says of choices that are ours: few workers, and a name that newer torch deprecates."""
+    """Silence what Lightning says of our choices: few workers, short runs, a name that newer torch deprecates."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", module="lightning", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 
 
@@ -316,7 +318,26 @@ def build_loggers(config: DictConfig, folder: Path) -> list[Any]:
     """Return the loggers that the `logger` group adds to metrics.csv."""
     from hydra.utils import instantiate
 
-    return [instantiate(value, save_dir=str(folder), _convert_="all") for value in config.logger.values()]
+    loggers = [instantiate(value, save_dir=str(folder), _convert_="all") for value in config.logger.values()]
+    try:
+        # They begin now, where a mistake costs nothing, and not in the middle of what Lightning sets up.
+        for made in loggers:
+            _ = made.experiment
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "wandb":
+            raise
+        raise ValueError(
+            f"Weights & Biases refused to begin: {str(error).splitlines()[0]} Or set logger.wandb.offline=true."
+        ) from None
+    return loggers
+
+
+def close_loggers(trainer: Any) -> None:
+    """End what a tracker holds open: else the next run of a sweep would go on in the same one."""
+    for used in trainer.loggers:
+        finish = getattr(getattr(used, "experiment", None), "finish", None)
+        if callable(finish):
+            finish()
 
 
 def step_of(path: Path) -> int:

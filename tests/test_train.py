@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from genossm import checkpoint
-from genossm.train import compose, train
+from genossm.train import build_loggers, compose, train
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -48,10 +48,24 @@ def test_other_loggers_write_beside_the_table(tmp_path, monkeypatch):
         pytest.importorskip(package)
     monkeypatch.setenv("WANDB_SILENT", "true")
     loggers = ["logger=[tensorboard,wandb]", "logger.wandb.offline=true", "logger.tensorboard.name=tb"]
+    import wandb
+
     folder = train(compose([*TINY, *loggers, f"output={tmp_path}"])).folder
+    assert wandb.run is None, "the next run of a sweep would go on in this one"
     assert list(folder.glob("tb/events.out.tfevents.*"))
     assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert (folder / "metrics.csv").exists()
+
+
+def test_wandb_without_a_key_says_what_to_do(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    # It remembers what earlier runs of the process found in the environment.
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"No API key configured.* Or set logger\.wandb\.offline=true"):
+        build_loggers(compose([*TINY, "logger=wandb"]), tmp_path)
 
 
 @pytest.mark.parametrize(
