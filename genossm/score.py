@@ -387,7 +387,8 @@ def _annotated(vcf: Vcf, rows: Iterator[dict[str, Any]], provenance: dict[str, A
     row = next(rows, None)
     names = [name for name in row or {} if name not in Allele.__dataclass_fields__ and name not in ("pos", "id")]
     yield from vcf.header[:-1]
-    said = ",".join(f'{key}="{value}"' for key, value in provenance.items())
+    plain = {key: ",".join(value) if isinstance(value, tuple) else value for key, value in provenance.items()}
+    said = ",".join(f'{key}="{value}"' for key, value in plain.items())
     yield f"##genossm=<{said}>"
     for name in names:
         yield (

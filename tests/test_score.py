@@ -243,6 +243,7 @@ def test_annotated_vcf_keeps_everything_and_can_be_indexed(genome, vcf, tmp_path
     assert [r.columns[:7] + r.columns[8:] for r in before] == [r.columns[:7] + r.columns[8:] for r in after]
     assert all(new.columns[7].startswith(old.columns[7]) for old, new in zip(before, after, strict=True))
     assert set(Vcf(vcf).header) <= set(Vcf(out).header)
+    assert any('methods="llr,l2",window="64",grid="16"' in line for line in Vcf(out).header)
     table = score(model, vcf=vcf, genome=genome, window=64, methods=["llr", "l2"]).table.to_pylist()
     with pysam.VariantFile(str(out)) as read:
         found = [(r.info["GENOSSM_LLR"], r.samples["two"]["GT"]) for r in read]
