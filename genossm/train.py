@@ -352,7 +352,7 @@ def report(task: Any, data: Any, metrics: Mapping[str, float], table: Any, folde
     from rich.console import Console
     from rich.table import Table
 
-    from genossm.data.markov import MarkovModel
+    from genossm.data.markov import MarkovModel, thinned
     from genossm.plot import plot_loss
 
     causal = task.objective_name == "causal"
@@ -365,9 +365,10 @@ def report(task: Any, data: Any, metrics: Mapping[str, float], table: Any, folde
     for split in splits:
         shown.add_column(split, justify="right")
     baselines: dict[str, float] = {}
+    counted = {split: thinned(data.splits[split]) for split in ("train", *splits)}
     for left, right in orders:
-        markov = MarkovModel(left, right).fit(data.genome, data.splits["train"])
-        bits = {split: markov.bits(data.genome, data.splits[split]) for split in splits}
+        markov = MarkovModel(left, right).fit(data.genome, counted["train"])
+        bits = {split: markov.bits(data.genome, counted[split]) for split in splits}
         name = f"Markov order {left}" if causal else f"{left} bases on each side"
         baselines[name] = bits["val"]
         shown.add_row(name, *(f"{bits[split]:.3f}" for split in splits))
@@ -376,6 +377,9 @@ def report(task: Any, data: Any, metrics: Mapping[str, float], table: Any, folde
     shown.add_row("its accuracy", *(f"{metrics[f'{split}/accuracy']:.3f}" for split in splits))
     console = Console(width=max(72, min(120, shutil.get_terminal_size().columns)))
     console.print(shown)
+    if counted["train"] is not data.splits["train"]:
+        bases, whole_bases = (sum(map(len, rows)) for rows in (counted["train"], data.splits["train"]))
+        console.print(f"counted on {bases:,} of {whole_bases:,} training bases, evenly spread", highlight=False)
     plot_loss(table.rows, baselines, folder / "loss.png")
     console.print(f"{metrics['seconds']:.0f} s; {folder}", highlight=False)
 
