@@ -253,6 +253,10 @@ def build_trainer(values: dict[str, Any], loggers: list[Any], callbacks: list[An
     for name in ("max_steps", "accumulate_grad_batches", "log_every_n_steps"):
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"trainer.{name} must be at least 1; got {values[name]}.")
+    for name, least in (("val_check_interval", "more than 0"), ("gradient_clip_val", "at least 0")):
+        value = values.get(name)
+        if value is not None and (value < 0 or (value == 0 and name == "val_check_interval")):
+            raise ValueError(f"trainer.{name} must be {least}; got {value}.")
     values = {name: value for name, value in values.items() if name != "_target_"}
     if isinstance(values["strategy"], dict):
         processes = values["devices"] if isinstance(values["devices"], int) else max(1, torch.cuda.device_count())

@@ -1,8 +1,8 @@
-"""Runs trainings one after the other in processes that can be killed: `python runs.py '[[override, …], …]'`.
+"""Runs trainings in processes that can be killed: each line of stdin is [[folder, override, …], …], run in turn.
 
-One process imports everything and forks for each run, so that a killed run costs no second import. A run that names
-`processes=2` is forked twice with the variables that torchrun sets; one that begins with a folder runs in it and leaves
-stderr.txt there; `limit=N` lets no file grow beyond N bytes. Writes the exit status of each run.
+One process imports everything and forks for each run, so that a killed run costs no second import. A run works in its
+folder and adds what it says to stderr.txt there; one that names `processes=2` is forked twice with the variables that
+torchrun sets; `limit=N` lets no file grow beyond N bytes. Answers each line with the runs' exit statuses.
 """
 
 import contextlib
@@ -69,10 +69,10 @@ def forked(overrides: list[str], environment: dict[str, str]) -> int:
     if child:
         return child
     os.environ.update(environment)
-    if overrides and "=" not in overrides[0]:
-        os.chdir(overrides[0])
-        os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
-        overrides = overrides[1:]
+    os.chdir(overrides.pop(0))
+    os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    # What is said there is for nobody: the server's own line alone is read.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for override in overrides:
         if override.startswith("limit="):
             size = int(override.partition("=")[2])
@@ -95,14 +95,14 @@ def forked(overrides: list[str], environment: dict[str, str]) -> int:
 def run(overrides: list[str]) -> list[int]:
     """Run one training, in as many processes as it names, and return their exit statuses."""
     if "processes=2" not in overrides:
-        ids = [forked(overrides, {})]
+        ids = [forked([*overrides], {})]
     else:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])
         several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         kept = [override for override in overrides if override != "processes=2"]
-        ids = [forked(kept, several | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+        ids = [forked([*kept], several | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ids]
 
 
@@ -120,4 +120,6 @@ def warm_up() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warm_up()
-    sys.stdout.write(json.dumps([run(overrides) for overrides in json.loads(sys.argv[1])]) + "\n")
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps([run(overrides) for overrides in json.loads(line)]) + "\n")
+        sys.stdout.flush()

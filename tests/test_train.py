@@ -69,6 +69,16 @@ def test_wandb_without_a_key_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "override",
+    ["trainer.max_steps=0", "trainer.val_check_interval=0", "trainer.gradient_clip_val=-1", "data.eval_windows=0"],
+)
+def test_a_number_that_means_nothing_is_refused(override, tmp_path):
+    key, _, value = override.partition("=")
+    with pytest.raises(ValueError, match=rf"{key} must be .*; got {value}\."):
+        train(compose([*TINY, override, f"output={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
     "command",
     [
         ["train.py", "trainer=ddp"],

@@ -1,15 +1,10 @@
 """Bad input through the real command line: one message, exit code 2, nothing half-written, nothing of before lost."""
 
 import gzip
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 DNA = "ACGTTGCAAC" * 30
 
 
@@ -105,27 +100,19 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """Every case run by the command line in a fork of one process: exit code, stderr and the files before and after."""
+def ended(tmp_path_factory, run_trainings):
+    """Every case run by the command line: exit code, and the files before."""
     root = tmp_path_factory.mktemp("bad")
-    jobs = []
+    jobs, before = [], []
     for name, (make, _) in CASES.items():
         folder = root / name.replace(" ", "_")
         folder.mkdir()
         common = ["model.d_model=16", "model.n_layer=1", "length=32", "batch_size=2", "trainer.accelerator=cpu"]
-        overrides = [*common, "trainer.max_steps=1", "data.reverse_complement=false", *make(folder)]
-        jobs.append([str(folder), overrides, sorted(path.name for path in folder.iterdir())])
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "runs.py"), json.dumps([[job[0], *job[1]] for job in jobs])],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    results = zip(CASES, json.loads(ran.stdout.splitlines()[-1]), jobs, strict=True)
-    return {name: (status, Path(job[0]), job[2]) for name, status, job in results}
+        jobs.append([str(folder), *common, "trainer.max_steps=1", "data.reverse_complement=false", *make(folder)])
+        before.append(sorted(path.name for path in folder.iterdir()))
+    statuses = run_trainings(jobs)
+    results = zip(CASES, statuses, jobs, before, strict=True)
+    return {name: (status, Path(job[0]), files) for name, status, job, files in results}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,12 +1,8 @@
 """Runs that are killed with SIGKILL and go on: what they leave equals what an uninterrupted run leaves, bit by bit."""
 
 import csv
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,18 +28,6 @@ TINY = [
 WARMUP = ["data.warmup=[{batches: 4, length: 32, batch_size: 3}]"]
 EXACT = ["model.embed_dropout=0", "trainer.precision=32-true"]
 DDP = ["trainer=ddp", "trainer.devices=2", "processes=2", "batch_size=1"]
-
-
-def training(*runs, folder):
-    """Run trainings one after the other; returns their exit statuses and what they wrote to stderr."""
-    command = [sys.executable, str(ROOT / "tests" / "runs.py")]
-    given = [[*TINY, f"output={folder}", *run] for run in runs]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*command, json.dumps(given)], capture_output=True, text=True, env=environment, cwd=folder, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1]), ran.stderr
 
 
 def left(folder):
@@ -89,8 +73,13 @@ SLOW_CASES = {
 }
 
 
-def run_cases(cases, folder):
-    """Run every case whole and killed, in one process that forks; returns what went to stderr."""
+def training(*runs, folder):
+    """Return the arguments of `run_trainings` for runs that leave their files in one folder."""
+    return [[str(folder), *TINY, f"output={folder}", *run] for run in runs]
+
+
+def run_cases(cases, folder, run_trainings):
+    """Run every case whole and killed; returns what went to stderr."""
     runs, expected = [], []
     for name, (options, ends) in cases.items():
         runs.append([*options, f"name='{name}, whole'"])
@@ -98,16 +87,17 @@ def run_cases(cases, folder):
         for number, (end, status) in enumerate([*ends, ([], 0)]):
             runs.append([*options, *end, *(["resume=auto"] if number else []), f"name='{name}, killed'"])
             expected.append(status)
-    statuses, errors = training(*runs, folder=folder)
+    statuses = run_trainings(training(*runs, folder=folder))
+    errors = (folder / "stderr.txt").read_text()
     for run, status, wanted in zip(runs, statuses, expected, strict=True):
         assert set(status) == {wanted}, f"{run} ended with {status}:\n{errors[-3000:]}"
     return errors
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def resumed(tmp_path_factory, run_trainings):
     folder = tmp_path_factory.mktemp("resume")
-    return folder, run_cases({**CASES, "one process": (EXACT, [])}, folder)
+    return folder, run_cases({**CASES, "one process": (EXACT, [])}, folder, run_trainings)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,8 +107,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(resumed, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_CASES)
-def test_a_killed_run_ends_as_if_it_had_not_been_slow(name, tmp_path):
-    run_cases({name: SLOW_CASES[name]}, tmp_path)
+def test_a_killed_run_ends_as_if_it_had_not_been_slow(name, tmp_path, run_trainings):
+    run_cases({name: SLOW_CASES[name]}, tmp_path, run_trainings)
     assert_same(left(tmp_path / f"{name}, whole"), left(tmp_path / f"{name}, killed"))
 
 
@@ -138,13 +128,13 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(resumed):
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory):
+def failed(tmp_path_factory, run_trainings):
     """Runs that end with a message."""
     folder = tmp_path_factory.mktemp("failed")
     poison = "+callbacks.poison={_target_: runs.PoisonAt, batch: 3}"
     full = "+callbacks.full={_target_: runs.FullDisk, batch: 3}"
-    statuses, errors = training([poison, "name=poison"], [full, "name=full"], folder=folder)
-    return folder, statuses, errors
+    statuses = run_trainings(training([poison, "name=poison"], [full, "name=full"], folder=folder))
+    return folder, statuses, (folder / "stderr.txt").read_text()
 
 
 def test_a_nan_loss_names_the_batch_and_keeps_the_last_good_checkpoint(failed):

@@ -149,8 +149,8 @@ class GenomeWindows(L.LightningDataModule):
         batches: int = 1,
     ):
         super().__init__()
-        for name, value in (("length", length), ("batch_size", batch_size)):
-            if value < 1:
+        for name, value in (("length", length), ("batch_size", batch_size), ("eval_windows", eval_windows)):
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1; got {value}.")
         if split not in SPLIT_POLICIES:
             raise ValueError(f"data.split must be one of {', '.join(SPLIT_POLICIES)}; got {split!r}.")
