@@ -138,10 +138,11 @@ def verbs(config: HyenaDNAConfig, device: torch.device) -> None:
             width = min(given_window(config), len(bases) // 2)
             starts = [i * (len(bases) - width) // 63 for i in range(64)]
             bed.write_text("".join(f"{contig}\t{s}\t{s + width}\n" for s in starts))
-            write_variants(vcf, contig, bases, 256)
+            # Two parts of what one process scores at a time, a part for each of two.
+            write_variants(vcf, contig, bases, 2048 if device.type == "cuda" else 64)
         distributed.barrier()
         model = build(config, device).backbone
-        window = min(given_window(config), 32_768)
+        window = min(given_window(config), 8192)
 
         def embedding(part: str) -> object:
             return embed(model, bed=bed, genome=fasta, out=folder / f"{part}.npy", batch_size=1)  # type: ignore[arg-type]
