@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator as Steps
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1]; got {self.min_p}.")
+
+    def __str__(self) -> str:
+        """Return what is in force, as a FASTA's header says it."""
+        chosen = [f"temperature={self.temperature:g}"]
+        for option in fields(self)[1:]:
+            value = getattr(self, option.name)
+            if value != option.default:
+                chosen.append(f"{option.name}={value:g}")
+        return " ".join(chosen)
 
     def draw(self, logits_BK: Tensor, uniform_B: Tensor) -> Tensor:
         """Return the drawn column of each row.
@@ -159,7 +168,7 @@ def generate(
         generator.check(max(map(len, prompts)) + length)
         with Progress("generating", len(prompts) * n * length, "bp") as progress:
             made = generator.run(prompts, n, length, batch_size, progress)
-        said = f"model={ready.name} weights={ready.digest} seed={seed} temperature={temperature:g}"
+        said = f"model={ready.name} weights={ready.digest} seed={seed} {sampling}" + " allow_n" * allow_n
     names = [f"prompt{row // n + 1}_{row % n + 1}" for row in range(len(made))]
     statistics = describe([alphabet.from_text(text) for text in made], length, genome)
     if with_prompt:

@@ -24,6 +24,7 @@ def test_draws_follow_the_probabilities():
     half = [p**2 for p in (0.5, 0.3, 0.15, 0.05)]
     assert shares(Sampling(temperature=0.5)) == pytest.approx([p / sum(half) for p in half], abs=2e-3)
     assert shares(Sampling(temperature=0)) == [1, 0, 0, 0]
+    assert str(Sampling(temperature=0.5, top_k=3, top_p=0.9)) == "temperature=0.5 top_k=3 top_p=0.9"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,7 @@ def test_statistics_stand_beside_the_genome(tmp_path, chr20):
     lines = (tmp_path / "new.fa").read_text().splitlines()
     assert lines[0].startswith(">prompt1_1 model=Transformer weights=")
     assert "seed=0" in lines[0]
+    assert lines[0].endswith("temperature=1")
     assert lines[1] == result.sequences[0]
     again = generate(build("transformer"), "ACGT", n=1, length=8, with_prompt=True).sequences[0]
     assert again[:4] == "ACGT"
