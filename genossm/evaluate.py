@@ -105,6 +105,9 @@ def evaluate(config: DictConfig) -> EvaluateResult:
         return EvaluateResult(folder, [], [])
     rows: list[Row] = []
     footer = [f"protocol {protocol}: {PROTOCOLS[protocol]}; of several rates, the one with the best validation mean"]
+    shown = str(config.name or _short(model))
+    if shown != model:
+        footer.append(f"{shown}: {model}")
     for task in dict.fromkeys(cell.task for cell in cells):
         mine = [cell for cell in cells if cell.task == task]
         found = [(cell.rate, json.loads(cell.result.read_text())) for cell in mine if cell.result.exists()]
@@ -113,7 +116,7 @@ def evaluate(config: DictConfig) -> EvaluateResult:
             f"failed: {c.task}, seed {c.seed}, lr {c.rate:g}: {c.failure.read_text().strip()[:200]}" for c in failed
         ]
         if found:
-            rows.append(summarise(task, model, found, len(failed)))
+            rows.append(summarise(task, shown, found, len(failed)))
         about = describe(mine[0], config, rows[-1].metric if found else None)
         rows += [Row(**row) for row in about["rows"]]
         rows += read_published(config.suite.benchmark, config.suite.protocol, task)
@@ -121,6 +124,12 @@ def evaluate(config: DictConfig) -> EvaluateResult:
     write_tables(folder, f"{config.suite.name}, protocol {protocol}", rows, footer)
     report(rows, footer, folder)
     return EvaluateResult(folder, rows, footer)
+
+
+def _short(model: str) -> str:
+    """Return a name for a model: of the folder that a run left, the run's own folder."""
+    parts = Path(model).parts
+    return "/".join(parts[-3:-1] if len(parts) > 2 and parts[-1] == "model" else parts[-2:])
 
 
 def _part(text: str | None) -> tuple[int, int]:

@@ -183,8 +183,8 @@ class GenomeWindows(L.LightningDataModule):
         self.splits: Splits
 
     def prepare_data(self) -> None:
-        """Encode the genome once a machine."""
-        self._open()
+        """Encode the genome once a machine; the process that does it has opened it then."""
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Open the genome and divide it."""

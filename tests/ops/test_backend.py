@@ -24,14 +24,14 @@ def draw_scan(length=9):
 
 def test_a_slower_path_is_logged_once_with_the_reason(monkeypatch, caplog):
     monkeypatch.setattr(backend, "installed", lambda package: package != "numba")
-    backend._log_once.cache_clear()
+    backend.log_slower.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             selective_scan(*draw_scan())
     assert [record.getMessage() for record in caplog.records] == [
         "selective_scan runs on the slower 'torch' backend: numba is not installed"
     ]
-    backend._log_once.cache_clear()
+    backend.log_slower.cache_clear()
 
 
 @pytest.mark.skipif(backend.installed("mamba_ssm"), reason="mamba_ssm is installed")
