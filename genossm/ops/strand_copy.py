@@ -1,9 +1,6 @@
 """Reading windows of a genome into a batch: one pass that copies, drops case, turns strands and looks for N."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int64, UInt8
 
@@ -15,7 +12,8 @@ PAIR_SUM, N = np.uint8(17), np.uint8(11)
 SOFT_MASK = np.uint8(0x80)
 """The bit of a lower-case base."""
 
-Array = npt.NDArray[Any]
+# Not `NDArray[Any]`: it is no class from numpy 2.5 on, where jaxtyping needs one.
+Array = np.ndarray
 
 
 def strand_copy_ref(
