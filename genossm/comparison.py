@@ -2,6 +2,7 @@
 
 import csv
 import html
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,10 +53,10 @@ def summarise(task: str, model: str, found: Sequence[tuple[float, dict[str, Any]
         found: learning rate and result.json of each finished run.
         failed: runs that failed.
     """
-    from genossm.tasks.metrics import mode_of
+    from genossm.tasks.metrics import mode_of, reported_metric
 
     monitor = found[0][1]["monitor"]
-    metric = monitor.removeprefix("val/")
+    metric = reported_metric(monitor, found[0][1]["target"])
     sign = 1 if mode_of(monitor) == "max" else -1
     rates = sorted({rate for rate, _ in found})
     best = max(rates, key=lambda r: sign * statistics.mean(v["metrics"][monitor] for rate, v in found if rate == r))
@@ -75,6 +76,51 @@ def summarise(task: str, model: str, found: Sequence[tuple[float, dict[str, Any]
         failed=failed,
         rate=best,
         source=f"ours, {chosen[0]['protocol']}",
+    )
+
+
+def average(task: str, model: str, results: Sequence[Path]) -> Row | None:
+    """Return the row of one model made of several runs: the mean of their answers on the test rows that they share.
+
+    Args:
+        task, model: names.
+        results: result.json of each run, beside whose run/ its predictions lie.
+
+    Returns:
+        None where there are fewer than two runs, one left no predictions, or their test rows differ.
+    """
+    import torch
+
+    from genossm.data.examples import Target
+    from genossm.tasks.metrics import bootstrap, evaluate_outputs, reported_metric
+
+    files = [result.parent / "run" / "predictions.csv" for result in results]
+    if len(files) < 2 or not all(file.exists() for file in files):
+        return None
+    values = json.loads(results[0].read_text())
+    target = Target(kind=values["target"], names=tuple(values["names"]))
+    tables = [list(csv.reader(file.read_text().splitlines()))[1:] for file in files]
+    known = [[line[:4] for line in table] for table in tables]
+    if any(other != known[0] for other in known[1:]):
+        return None
+    answers_RMC = torch.tensor([[[float(cell) for cell in line[4:]] for line in table] for table in tables])
+    mean_MC = answers_RMC.double().mean(0)
+    if target.chooses:
+        truth, outputs_MC = torch.tensor([target.names.index(line[3]) for line in tables[0]]), mean_MC.log()
+    else:
+        truth = torch.tensor([[float(cell) for cell in line[3].split(";")] for line in tables[0]])
+        outputs_MC = mean_MC.logit() if target.kind == "multilabel" else mean_MC
+        truth = truth.long() if target.kind == "multilabel" else truth
+    metric = reported_metric(values["monitor"], target.kind)
+    low, high = bootstrap(target, outputs_MC.float(), truth, metric)
+    return Row(
+        task=task,
+        model=f"{model}, mean of {len(files)} seeds",
+        metric=metric,
+        mean=evaluate_outputs(target, outputs_MC.float(), truth)[metric],
+        interval_low=low,
+        interval_high=high,
+        source=f"ours, {values['protocol']}",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from genossm.comparison import COLUMNS, Row, read_published, summarise, write_tables
+from genossm.comparison import COLUMNS, Row, average, read_published, summarise, write_tables
 from genossm.config import compose as compose_verb
 from genossm.config import conf_folder
 from genossm.config import launch as launch_verb
@@ -116,7 +116,9 @@ def evaluate(config: DictConfig) -> EvaluateResult:
             f"failed: {c.task}, seed {c.seed}, lr {c.rate:g}: {c.failure.read_text().strip()[:200]}" for c in failed
         ]
         if found:
-            rows.append(summarise(task, shown, found, len(failed)))
+            ours = summarise(task, shown, found, len(failed))
+            together = average(task, shown, [c.result for c in mine if c.rate == ours.rate and c.result.exists()])
+            rows += [ours] if together is None else [ours, together]
         about = describe(mine[0], config, rows[-1].metric if found else None)
         rows += [Row(**row) for row in about["rows"]]
         rows += read_published(config.suite.benchmark, config.suite.protocol, task)

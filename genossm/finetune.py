@@ -29,7 +29,7 @@ from genossm.models.classifier import Classifier
 from genossm.nn.head import HeadConfig
 from genossm.optim import Optim
 from genossm.tasks.classification import Classification, balanced_weights
-from genossm.tasks.metrics import bootstrap, default_metric, mode_of
+from genossm.tasks.metrics import bootstrap, default_metric, mode_of, reported_metric
 from genossm.tasks.regression import Regression
 from genossm.tasks.supervised import Supervised
 from genossm.train import (
@@ -148,7 +148,7 @@ def run(config: DictConfig, dataset: LabelledData | None = None) -> FinetuneResu
         task.fold()
     metrics = _measure(trainer, task, data)
     outputs, targets = _in_order(task, data)
-    interval = bootstrap(labelled.target, outputs, targets, monitor.removeprefix("val/"))
+    interval = bootstrap(labelled.target, outputs, targets, reported_metric(monitor, labelled.target.kind))
     metrics |= {"steps": float(steps), "seconds": time.monotonic() - began}
     result = FinetuneResult(folder, cast(Classifier, task.model).eval(), metrics, interval, monitor, protocol)
     if trainer.is_global_zero:
@@ -361,7 +361,7 @@ def _report(result: FinetuneResult, target: Target) -> None:
     for name, value in result.metrics.items():
         if name.startswith("test/"):
             metric = name.removeprefix("test/")
-            own = f"val/{metric}" == result.monitor
+            own = metric == reported_metric(result.monitor, target.kind)
             spread = f"  [{result.interval[0]:.4f}, {result.interval[1]:.4f}]" if own else ""
             shown.add_row(metric, f"{result.metrics[f'val/{metric}']:.4f}", f"{value:.4f}{spread}")
     console = Console(highlight=False, soft_wrap=True)

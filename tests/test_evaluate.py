@@ -1,12 +1,13 @@
 """A suite runs, resumes, survives killed workers, and stands beside published numbers of the same protocol alone."""
 
+import csv
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from genossm.comparison import Row, read_published, summarise, write_tables
+from genossm.comparison import Row, average, read_published, summarise, write_tables
 from genossm.config import conf_folder
 from genossm.data.genomic_benchmarks import TASKS
 from genossm.data.nucleotide_transformer import ORIGINAL, REVISED
@@ -106,6 +107,7 @@ def finished(rate, val, test, seed=1):
         "metrics": metrics,
         "interval": [test - 0.1, test + 0.1],
         "protocol": "given",
+        "target": "multiclass",
     }
 
 
@@ -114,6 +116,44 @@ def test_validation_chooses_the_rate_never_test():
     assert (row.rate, row.mean, row.low, row.high, row.runs, row.failed) == (0.1, 0.6, 0.5, 0.7, 2, 1)
     assert row.sd == pytest.approx(0.1414, abs=1e-3)
     assert "(1 failed)" in row.cells()[5]
+
+
+def left(folder, kind, names, truth, answers):
+    """Write what a run leaves."""
+    (folder / "run").mkdir(parents=True)
+    values = {"monitor": "val/loss", "target": kind, "names": names, "protocol": "given"}
+    (folder / "result.json").write_text(json.dumps(values))
+    lines = [["row", "name", "interval", "target", *names]]
+    lines += [[i, "", "", t, *a] for i, (t, a) in enumerate(zip(truth, answers, strict=True))]
+    with (folder / "run" / "predictions.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows(lines)
+    return folder / "result.json"
+
+
+def test_runs_are_averaged_as_one_model(tmp_path):
+    truth = ["a", "b", "b", "a"]
+    first = left(tmp_path / "1", "binary", ["a", "b"], truth, [[0.9, 0.1], [0.6, 0.4], [0.1, 0.9], [0.4, 0.6]])
+    second = left(tmp_path / "2", "binary", ["a", "b"], truth, [[0.8, 0.2], [0.1, 0.9], [0.7, 0.3], [0.3, 0.7]])
+    row = average("t", "m", [first, second])
+    # Each alone has one or two rows wrong; together the last alone is.
+    assert row is not None
+    assert (row.model, row.metric, row.mean) == ("m, mean of 2 seeds", "accuracy", 0.75)
+    assert row.interval_low is not None
+    assert row.interval_low <= 0.75
+    values = left(tmp_path / "3", "regression", ["v"], ["1", "2", "4"], [[1.5], [1.0], [4.0]])
+    others = left(tmp_path / "4", "regression", ["v"], ["1", "2", "4"], [[0.5], [3.0], [4.0]])
+    exact = average("t", "m", [values, others])
+    assert exact is not None
+    assert exact.mean == pytest.approx(1.0)
+
+
+def test_runs_of_other_test_rows_are_not_averaged(tmp_path):
+    first = left(tmp_path / "1", "binary", ["a", "b"], ["a", "b"], [[0.9, 0.1], [0.6, 0.4]])
+    second = left(tmp_path / "2", "binary", ["a", "b"], ["b", "b"], [[0.9, 0.1], [0.6, 0.4]])
+    assert average("t", "m", [first, second]) is None
+    assert average("t", "m", [first]) is None
+    (tmp_path / "2" / "run" / "predictions.csv").unlink()
+    assert average("t", "m", [first, second]) is None
 
 
 def test_published_numbers_are_of_the_same_protocol():

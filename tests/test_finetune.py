@@ -84,6 +84,15 @@ def test_best_epoch_is_the_one_that_is_kept(table, tmp_path):
     assert result.metrics["val/accuracy"] == pytest.approx(max(seen))
 
 
+def test_loss_chooses_the_epoch_and_the_default_metric_has_the_interval(table, tmp_path, capsys):
+    result = finetune(table, None, options(tmp_path, "monitor=loss", "quiet=false"))
+    assert result.monitor == "val/loss"
+    assert result.interval[0] <= result.metrics["test/accuracy"] <= result.interval[1]
+    assert "[" in next(
+        line for line in capsys.readouterr().out.splitlines() if line.strip(" │┃").startswith("accuracy")
+    )
+
+
 def test_resumed_run_equals_an_uninterrupted_one(table, tmp_path):
     steps = options(tmp_path / "a", "save_every=1", "epochs=4")
     whole = finetune(table, None, steps)

@@ -28,6 +28,12 @@ def default_metric(kind: str) -> str:
     return DEFAULT.get(kind, "accuracy")
 
 
+def reported_metric(monitor: str, kind: str) -> str:
+    """Return the metric of a run's tables: the one that chose its epoch, or the default where the loss did."""
+    name = monitor.rpartition("/")[2]
+    return default_metric(kind) if name == "loss" else name
+
+
 def mode_of(metric: str) -> str:
     """Return "min" or "max": which way a metric is better."""
     return MODES.get(metric.rpartition("/")[2], "max")
