@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +23,7 @@ from genossm.embed import embed
 from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.optim import Optim
 from genossm.score import score
+from genossm.tasks.base import share_out
 
 
 def main() -> None:
@@ -91,9 +91,8 @@ def build(config: HyenaDNAConfig, device: torch.device) -> NextBase:
 
 
 def shard(model: NextBase) -> nn.Module:
-    """Share the weights out block by block, as training does."""
-    for part in (*model.backbone.layers, model):
-        fully_shard(part)
+    """Share the weights out as training does."""
+    share_out(model.backbone)
     return model
 
 

@@ -18,6 +18,8 @@ from genossm.optim import Optim
 
 _PIECE = 1 << 16
 """Targets whose logits exist at once."""
+_LARGE = 1 << 22
+"""Parameters from which a block is shared out by itself."""
 
 
 class Task(L.LightningModule, ABC):
@@ -36,15 +38,9 @@ class Task(L.LightningModule, ABC):
         self.steps = steps
 
     def configure_model(self) -> None:
-        """Share the weights out among the processes, block by block, under `trainer=fsdp`."""
-        if self.device_mesh is None:
-            return
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
-        mesh = self.device_mesh["data_parallel"]
-        for part in (*self.model.layers, self.model):
-            if not isinstance(part, FSDPModule):
-                fully_shard(part, mesh=mesh)
+        """Share the weights out among the processes under `trainer=fsdp`."""
+        if self.device_mesh is not None:
+            share_out(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule, stepped once a step."""
@@ -128,3 +124,16 @@ class LanguageModel(Task):
         for metric in self._sums(split):
             metric.reset()
         self.log_dict({f"{split}/loss": nats, f"{split}/bits": nats / math.log(2), f"{split}/accuracy": accuracy})
+
+
+def share_out(model: Backbone, mesh: Any = None) -> None:
+    """Share a backbone's weights out among processes (FSDP2); a large block is gathered by itself, when it is its turn.
+
+    What a small one would save is less than what waiting for it costs: blocks below `_LARGE` parameters come together.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    large = [block for block in model.layers if sum(p.numel() for p in block.parameters()) >= _LARGE]
+    for part in (*large, model):
+        if not isinstance(part, FSDPModule):
+            fully_shard(part, mesh=mesh)

@@ -1,10 +1,12 @@
 """Language modelling: its loss does not depend on how many logits exist at once."""
 
+import pytest
 import torch
 
 import genossm.tasks.base as base
 from genossm.models.transformer import TransformerConfig
 from genossm.optim import Optim
+from genossm.tasks.base import share_out
 from genossm.tasks.causal_lm import CausalLM
 
 
@@ -31,3 +33,21 @@ def test_no_target_is_no_row():
         {"ids_BL": ids_BL, "targets": ids_BL}, torch.zeros(2, 9, dtype=torch.bool)
     )
     assert len(nats_M) == len(guessed_M) == len(weights_M) == 0
+
+
+@pytest.mark.parametrize(("width", "own"), [(640, [0]), (16, [])])
+def test_large_blocks_are_shared_out_by_themselves_and_small_ones_together(width, own, tmp_path):
+    from torch.distributed.fsdp import FSDPModule
+
+    torch.manual_seed(0)
+    model = TransformerConfig(d_model=width, n_layer=1, n_head=2).build().eval()
+    ids_BL = torch.randint(7, 11, (1, 9))
+    expected = model.logits(model(ids_BL)).detach()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        share_out(model)
+        assert [i for i, block in enumerate(model.layers) if isinstance(block, FSDPModule)] == own
+        assert isinstance(model, FSDPModule)
+        torch.testing.assert_close(model.logits(model(ids_BL)).detach(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
