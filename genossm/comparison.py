@@ -84,7 +84,7 @@ def average(task: str, model: str, results: Sequence[Path]) -> Row | None:
 
     Args:
         task, model: names.
-        results: result.json of each run, beside whose run/ its predictions lie.
+        results: result.json of each run, beside which run/TIME/ holds its predictions.
 
     Returns:
         None where there are fewer than two runs, one left no predictions, or their test rows differ.
@@ -94,8 +94,8 @@ def average(task: str, model: str, results: Sequence[Path]) -> Row | None:
     from genossm.data.examples import Target
     from genossm.tasks.metrics import bootstrap, evaluate_outputs, reported_metric
 
-    files = [result.parent / "run" / "predictions.csv" for result in results]
-    if len(files) < 2 or not all(file.exists() for file in files):
+    files = [file for result in results for file in sorted(result.parent.glob("run/*/predictions.csv"))[-1:]]
+    if not 2 <= len(results) == len(files):
         return None
     values = json.loads(results[0].read_text())
     target = Target(kind=values["target"], names=tuple(values["names"]))
@@ -163,7 +163,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def _page(title: str, rows: Sequence[Row], footer: Sequence[str]) -> str:
     parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"]
-    parts.append("<style>body{font:14px sans-serif}td,th{padding:2px 10px;text-align:left}</style>")
+    parts.append("<style>body{font:14px sans-serif}td,th{padding:2px 10px;text-align:left;white-space:nowrap}</style>")
     parts.append(f"<h1>{html.escape(title)}</h1><table><tr>")
     parts += [f"<th>{name}</th>" for name in (*COLUMNS, "")]
     for row in rows:
@@ -174,11 +174,14 @@ def _page(title: str, rows: Sequence[Row], footer: Sequence[str]) -> str:
 
 
 def _bar(row: Row) -> str:
-    """Return a bar from 0 to 1 with an error bar from the smallest to the largest run."""
+    """Return a bar from 0 to 1 with an error bar: from the smallest to the largest run, or of one run the interval."""
     width = 200 * min(1.0, max(0.0, row.mean))
     colour = "#2a6f97" if row.source.startswith("ours") else "#b0b7bd"
     line = ""
-    if row.low is not None and row.high is not None:
-        ends = [200 * min(1.0, max(0.0, value)) for value in (row.low, row.high)]
+    # Of one run there is no spread over runs to show, but one over its test rows.
+    alone = row.runs == 1 and row.interval_low is not None
+    low, high = (row.interval_low, row.interval_high) if alone else (row.low, row.high)
+    if low is not None and high is not None:
+        ends = [200 * min(1.0, max(0.0, value)) for value in (low, high)]
         line = f'<line x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="8" y2="8" stroke="black" stroke-width="2"/>'
     return f'<svg width="204" height="16"><rect width="{width:.1f}" height="16" fill="{colour}"/>{line}</svg>'

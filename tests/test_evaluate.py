@@ -24,9 +24,10 @@ def quick(tmp_path, *more):
 
 
 def test_suite_runs_and_resumes(tmp_path):
-    result = evaluate(quick(tmp_path, "rates=[0.003]"))
-    ours, *probes = result.rows
-    assert (ours.task, ours.metric, ours.runs, ours.source) == ("splice_sites", "accuracy", 1, "ours, given")
+    result = evaluate(quick(tmp_path, "rates=[0.003]", "seeds=[1,2]"))
+    ours, together, *probes = result.rows
+    assert (ours.task, ours.metric, ours.runs, ours.source) == ("splice_sites", "accuracy", 2, "ours, given")
+    assert together.model == f"{ours.model}, mean of 2 seeds"
     assert ours.interval_low <= ours.mean <= ours.interval_high
     assert {p.model for p in probes} == {"k-mers 1-5, linear", "k-mers 1-5, knn"}
     assert any("identical to a train row" in line for line in result.footer)
@@ -35,7 +36,7 @@ def test_suite_runs_and_resumes(tmp_path):
     values = json.loads(cell.read_text())
     values["metrics"]["test/accuracy"] = 0.123
     cell.write_text(json.dumps(values))
-    assert evaluate(quick(tmp_path, "rates=[0.003]")).rows[0].mean == 0.123
+    assert evaluate(quick(tmp_path, "rates=[0.003]", "seeds=[1,2]")).rows[0].low == 0.123
 
 
 def test_parts_of_a_sweep_share_the_grid_and_leave_the_table_to_the_end(tmp_path, monkeypatch):
@@ -120,12 +121,12 @@ def test_validation_chooses_the_rate_never_test():
 
 def left(folder, kind, names, truth, answers):
     """Write what a run leaves."""
-    (folder / "run").mkdir(parents=True)
+    (folder / "run" / "time").mkdir(parents=True)
     values = {"monitor": "val/loss", "target": kind, "names": names, "protocol": "given"}
     (folder / "result.json").write_text(json.dumps(values))
     lines = [["row", "name", "interval", "target", *names]]
     lines += [[i, "", "", t, *a] for i, (t, a) in enumerate(zip(truth, answers, strict=True))]
-    with (folder / "run" / "predictions.csv").open("w", newline="") as handle:
+    with (folder / "run" / "time" / "predictions.csv").open("w", newline="") as handle:
         csv.writer(handle).writerows(lines)
     return folder / "result.json"
 
@@ -152,7 +153,7 @@ def test_runs_of_other_test_rows_are_not_averaged(tmp_path):
     second = left(tmp_path / "2", "binary", ["a", "b"], ["b", "b"], [[0.9, 0.1], [0.6, 0.4]])
     assert average("t", "m", [first, second]) is None
     assert average("t", "m", [first]) is None
-    (tmp_path / "2" / "run" / "predictions.csv").unlink()
+    (tmp_path / "2" / "run" / "time" / "predictions.csv").unlink()
     assert average("t", "m", [first, second]) is None
 
 
