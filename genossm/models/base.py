@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from genossm.nn.norm import added
+from genossm.ops import kept
+
 State = dict[str, Any]
 """What a streaming backbone carries from one position to the next; tensors have the batch first."""
 
@@ -197,7 +200,7 @@ class Backbone(nn.Module, ABC):
             ValueError: see `check`.
         """
         self.check(ids_BL, lengths_B, resets_BL)
-        return self.norm_f(self.run_layers(self.embed(ids_BL), lengths_B, resets_BL=resets_BL))
+        return added(self.norm_f, self.run_layers(self.embed(ids_BL), lengths_B, resets_BL=resets_BL), None)[1]
 
     def context(self, length: int, lengths_B: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return what each layer gets beside x: here the mask of real positions, where padding could be seen."""
@@ -216,7 +219,7 @@ class Backbone(nn.Module, ABC):
         context = self.context(x_BLD.shape[1], lengths_B, resets_BL)
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BLD = cast(Tensor, checkpoint(layer, x_BLD, *context, use_reentrant=False))
+                x_BLD = cast(Tensor, checkpoint(layer, x_BLD, *context, use_reentrant=False, context_fn=kept.region))
             else:
                 x_BLD = layer(x_BLD, *context)
             if visit is not None:

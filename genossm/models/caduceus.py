@@ -199,7 +199,10 @@ class Caduceus(Backbone):
         self.check(ids_BL, lengths_B, resets_BL)
         ids_SL, lengths_S, resets_SL = both_strands(ids_BL, self.complement_V, lengths_B, resets_BL)
         x_SLD = super().run_layers(super().embed(ids_SL), lengths_S, resets_BL=resets_SL)
-        return self.norm_f(self._joined(x_SLD, lengths_B, len(self.layers)))
+        # Strand by strand, as narrow as the norm's result: joined first, both strands would be there twice.
+        swapped = self._swaps and len(self.layers) % 2 == 1
+        _, normed_SLD = added(cast(StrandNorm, self.norm_f).norm, x_SLD, None, turned=swapped)
+        return self._joined(normed_SLD, lengths_B, len(self.layers))
 
     def run_layers(
         self,

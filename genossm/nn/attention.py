@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from genossm.ops.rotary import rotate
+
 _FASTEST = {
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
@@ -51,16 +53,9 @@ class Rotary(nn.Module):
 
     def forward(self, q_BLHP: Tensor, k_BLGP: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """Turn queries and keys that stand at positions `start`, `start + 1`, …"""
-        # Half precision is turned in float32, which the result is rounded from once.
         dtype = torch.promote_types(q_BLHP.dtype, torch.float32)
         cos_LP, sin_LP = (table_LP.to(dtype) for table_LP in self.angles(start, q_BLHP.shape[1], q_BLHP.device))
-        return _turn(q_BLHP, cos_LP, sin_LP), _turn(k_BLGP, cos_LP, sin_LP)
-
-
-def _turn(x_BLHP: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
-    first, second = x_BLHP.to(cos_LP.dtype).chunk(2, dim=-1)
-    cos, sin = cos_LP[:, None], sin_LP[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BLHP.dtype)
+        return rotate(q_BLHP, cos_LP, sin_LP), rotate(k_BLGP, cos_LP, sin_LP)
 
 
 def attend_ref(

@@ -6,22 +6,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from genossm.nn.linear import FromTime, ToTime
 from genossm.ops.causal_conv1d import causal_conv1d
 from genossm.ops.fftconv import fftconv, good_size
-from genossm.ops.hyena_conv import ImplicitFilter, hyena_conv
+from genossm.ops.hyena_conv import ImplicitFilter, Projection, hyena_conv
 from genossm.ops.online_conv import Taps, online_conv, online_conv_state
 from genossm.ops.precision import products
+from genossm.ops.sine_network import sine_network
+from genossm.ops.time_last import FromTime, ToTime, from_time
 
 _LONG = {"cpu": 1 << 13, "cuda": 1 << 18}
 """Tokens from which inference goes through a few channels at a time, by kind of device."""
 _CHANNELS = {"cpu": 16, "cuda": 64}
 _LEAST_CHANNELS, _ELEMENTS = 4, 1 << 23
 """A CPU takes fewer channels where one of their projections would have more elements, but never less than so many."""
-_REMADE = 1 << 15
-"""Taps from which a GPU makes the filters' network again in the backward pass: its layers are as long as the input."""
 _POSITIONS = 1 << 12
 """Positions that the filters' network takes at once where no gradient is needed: its layers stay in cache."""
 _KEPT_BYTES = 1 << 29
@@ -193,12 +191,7 @@ class HyenaFilter(nn.Module):
         """Return the first `length` taps of every filter as what makes them."""
         if torch.is_grad_enabled():
             self._spectrum = None
-        if torch.is_grad_enabled() and self.deltas_C.is_cuda and length >= _REMADE:
-            h_FL, t_L = cast(
-                tuple[Tensor, Tensor], checkpoint(self.trunk, length, use_reentrant=False, preserve_rng_state=False)
-            )
-        else:
-            h_FL, t_L = self.trunk(length)
+        h_FL, t_L = self.trunk(length)
         last = cast(nn.Linear, self.implicit_filter[-1])
         if not self.modulate:
             return ImplicitFilter(h_FL, last.weight, torch.zeros_like(self.deltas_C), t_L, 0.0)
@@ -221,12 +214,11 @@ class HyenaFilter(nn.Module):
             assert h_FL is not None
             return h_FL, t_L
 
-    def _layers(self, h_FL: Tensor) -> Tensor:
+    def _layers(self, z_EL: Tensor) -> Tensor:
         """Apply the network up to its last hidden layer."""
-        for layer in list(self.implicit_filter)[:-1]:
-            linear = isinstance(layer, nn.Linear)
-            h_FL = torch.addmm(layer.bias[:, None], layer.weight, h_FL) if linear else layer(h_FL)
-        return h_FL
+        linears = [cast(nn.Linear, layer) for layer in list(self.implicit_filter)[:-1:2]]
+        freq_F = cast(Sin, self.implicit_filter[1]).freq[0]
+        return sine_network(z_EL, freq_F, [layer.weight for layer in linears], [layer.bias for layer in linears])
 
 
 class HyenaOperator(nn.Module):
@@ -276,21 +268,17 @@ class HyenaOperator(nn.Module):
             )
         plain = self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training)
         if plain and length >= _LONG.get(x_BLD.device.type, length + 1) and not torch.is_grad_enabled():
-            y_BDL = self._mix_groups(x_BLD)
-            weight_BDD = self.out_proj.weight.T.expand(y_BDL.shape[0], -1, -1)
-            return torch.baddbmm(self.out_proj.bias, y_BDL.transpose(1, 2), weight_BDD)
-        # (3D, D) @ (B, D, L): time is contiguous from here to the output projection, with no transposed copy.
-        u_BCL = cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias))
+            return from_time(self._mix_groups(x_BLD), self.out_proj.weight, self.out_proj.bias)
         if plain:
             y_BLD = hyena_conv(
-                u_BCL.transpose(1, 2),
+                Projection(x_BLD, self.in_proj.weight, self.in_proj.bias),
                 self.short_filter.weight[:, 0],
                 self.short_bias,
                 self.filter_fn.implicit(length),
                 self.filter_fn.skip,
             )
         else:
-            y_BLD = self._mix(u_BCL, mask_BL)
+            y_BLD = self._mix(cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias)), mask_BL)
         return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), self.out_proj.weight, self.out_proj.bias))
 
     def _mix_groups(self, x_BLD: Tensor) -> Tensor:
@@ -311,11 +299,10 @@ class HyenaOperator(nn.Module):
             several = max(_LEAST_CHANNELS, min(several, _ELEMENTS // (batch * length)))
         for first in range(0, width, several):
             rows = slice(first, first + several)
-            w_BCD = w_3DD[:, rows].flatten(0, 1).expand(batch, -1, -1)
-            u_BCL = torch.baddbmm(bias_3D[:, rows].flatten()[:, None], w_BCD, x_BLD.transpose(1, 2))
+            given = Projection(x_BLD, w_3DD[:, rows].flatten(0, 1), bias_3D[:, rows].flatten())
             short = short_3DW[:, rows].flatten(0, 1), short_bias_3D[:, rows].flatten()
             k_G = filters.part(rows) if filters is not None else cast(Tensor, k_DF)[rows]
-            y_BLG = hyena_conv(u_BCL.transpose(1, 2), *short, k_G, self.filter_fn.skip[rows])
+            y_BLG = hyena_conv(given, *short, k_G, self.filter_fn.skip[rows])
             if y_BDL is None:
                 y_BDL = y_BLG.new_empty(batch, width, length)
             y_BDL[:, rows] = y_BLG.transpose(1, 2)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genossm.ops.gelu import gelu
+from genossm.ops import kept
+from genossm.ops.gelu import gelu, gelu_backward
 
 
 class MLP(nn.Module):
@@ -35,15 +36,27 @@ class NarrowMLP(torch.autograd.Function):
         x_BLD, in_FD, bias_F, out_DF, bias_D = given
         ctx.save_for_backward(x_BLD, in_FD, bias_F, out_DF)
         ctx.has_bias = bias_D is not None
-        return F.linear(F.gelu(F.linear(x_BLD, in_FD, bias_F), approximate="tanh"), out_DF, bias_D)
+        if kept.remaking():
+            # The last step of a checkpointed layer: no gradient takes its result.
+            return x_BLD.new_empty(*x_BLD.shape[:-1], len(out_DF))
+        return F.linear(_hidden(x_BLD, in_FD, bias_F), out_DF, bias_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BLD, in_FD, bias_F, out_DF = ctx.saved_tensors
         x_MD, dy_MD = x_BLD.flatten(0, -2), grads[0].flatten(0, -2)
-        h_MF = F.linear(x_MD, in_FD, bias_F)
-        d_out_DF = dy_MD.T @ F.gelu(h_MF, approximate="tanh")
-        d_MF = torch.ops.aten.gelu_backward(dy_MD @ out_DF, h_MF, approximate="tanh")
-        del h_MF
-        d_bias_F = None if bias_F is None else d_MF.sum(0)
-        return (d_MF @ in_FD).view_as(x_BLD), d_MF.T @ x_MD, d_bias_F, d_out_DF, dy_MD.sum(0) if ctx.has_bias else None
+        hidden_MF, d_MF, d_bias_F = gelu_backward(F.linear(x_MD, in_FD, bias_F), dy_MD @ out_DF)
+        d_out_DF = dy_MD.T @ hidden_MF
+        del hidden_MF
+        d_bias_D = dy_MD.sum(0) if ctx.has_bias else None
+        d_bias = None if bias_F is None else d_bias_F.to(bias_F.dtype)
+        return (d_MF @ in_FD).view_as(x_BLD), d_MF.T @ x_MD, d_bias, d_out_DF, d_bias_D
+
+
+def _hidden(x_BLD: Tensor, in_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """Return the hidden layer; on a GPU bias and GELU come with the product."""
+    if x_BLD.is_cuda and bias_F is not None:
+        return torch._addmm_activation(bias_F, x_BLD.flatten(0, -2), in_FD.T, use_gelu=True).unflatten(
+            0, x_BLD.shape[:-1]
+        )
+    return F.gelu(F.linear(x_BLD, in_FD, bias_F), approximate="tanh")

@@ -92,7 +92,7 @@ def fftconv(
         return fftconv_ref(*tensors)
     if chosen == "triton" and x_BLD.dtype != torch.float64:
         kernels = importlib.import_module("genossm.ops.kernels.fftconv_triton")
-        return kernels.FFTConv.apply(*tensors, gpu_size(2 * length - 1))
+        return kernels.FFTConv.apply(*tensors, gpu_size(2 * length - 1), torch.is_grad_enabled())
     return _FFTConv.apply(*tensors)
 
 

@@ -7,7 +7,7 @@ short convolution again instead of keeping it.
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy.typing as npt
 import torch
@@ -20,6 +20,7 @@ from genossm.ops.fftconv import fftconv, fftconv_ref, good_size, gpu_size
 from genossm.ops.kernels.threads_numba import array, copied, run_shared, threads_for
 from genossm.ops.precision import products
 from genossm.ops.rows import check_shapes
+from genossm.ops.time_last import ToTime
 
 _GROUP = 1 << 18
 """FFT elements of a group: its buffers fit the caches of a core (measured: 2^17 to 2^19 are alike)."""
@@ -56,6 +57,22 @@ class ImplicitFilter(NamedTuple):
             return (self.w_DF @ self.h_FL).mul_(window_DL)
 
 
+class Projection(NamedTuple):
+    """The projections x0, x1, v as what makes them, w x + bias, not yet made.
+
+    A GPU makes them again in the backward pass, being three times as wide as x, and adds the bias where it reads them:
+    the product itself would take two passes over memory more for it.
+    """
+
+    x_BLD: Tensor
+    w_CD: Tensor
+    bias_C: Tensor
+
+    def made(self) -> Tensor:
+        """Return the projections u_BLC, time contiguous, with no transposed copy."""
+        return cast(Tensor, ToTime.apply(self.x_BLD, self.w_CD, self.bias_C)).transpose(1, 2)
+
+
 def hyena_conv_ref(
     u_BLC: Float[Tensor, "B L C"],
     w_CW: Float[Tensor, "C W"],
@@ -74,7 +91,7 @@ def hyena_conv_ref(
 
 
 def hyena_conv(
-    u_BLC: Float[Tensor, "B L C"],
+    u_BLC: Float[Tensor, "B L C"] | Projection,
     w_CW: Float[Tensor, "C W"],
     bias_C: Float[Tensor, " C"],
     k_DL: Float[Tensor, "D K"] | Complex[Tensor, "D F"] | ImplicitFilter,
@@ -84,7 +101,7 @@ def hyena_conv(
 
     Args:
         u_BLC: the projections x0, x1, v side by side, C = 3 D, before the short convolution; time contiguous in
-            memory (`u_BCL.transpose(1, 2)`) is the fast case and the result's form.
+            memory (`u_BCL.transpose(1, 2)`) is the fast case and the result's form. Or how to make them.
         w_CW, bias_C: the short convolution.
         k_DL: the long filter over lags 0, 1, …, at least L of them, or how to make it; or, where no gradient is
             needed, its transform of `good_size(2 L - 1)` lags.
@@ -96,24 +113,26 @@ def hyena_conv(
     Raises:
         ValueError: the filter is shorter than the sequence, its transform has another size, or shapes don't fit.
     """
-    width = (k_DL if isinstance(k_DL, Tensor) else k_DL.w_DF).shape[0]
-    check_shapes(
-        u_BLC=(u_BLC, (*u_BLC.shape[:2], 3 * width)),
-        w_CW=(w_CW, (3 * width, w_CW.shape[-1])),
-        bias_C=(bias_C, (3 * width,)),
-        skip_D=(skip_D, (width,)),
-    )
+    if isinstance(u_BLC, Projection):
+        x_BLD = u_BLC.x_BLD
+        best = choose("hyena_conv", x_BLD.device, ["triton", "numba", "torch", "reference"]).name
+        if best != "triton" or not isinstance(k_DL, ImplicitFilter) or x_BLD.dtype == torch.float64:
+            return hyena_conv(u_BLC.made(), w_CW, bias_C, k_DL, skip_D)
+        _check(x_BLD.shape[:2], u_BLC.w_CD.shape[0], w_CW, bias_C, k_DL, skip_D)
+        check_shapes(w_CD=(u_BLC.w_CD, (len(bias_C), x_BLD.shape[2])), bias_C=(u_BLC.bias_C, (len(bias_C),)))
+        kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
+        size = gpu_size(2 * x_BLD.shape[1] - 1)
+        return kernels.ImplicitHyenaConv.apply(*u_BLC, w_CW, bias_C, skip_D, *k_DL, size, torch.is_grad_enabled())
+    _check(u_BLC.shape[:2], u_BLC.shape[2], w_CW, bias_C, k_DL, skip_D)
     if isinstance(k_DL, Tensor) and k_DL.is_complex():
         return _hyena_conv_kept(u_BLC, w_CW, bias_C, k_DL, skip_D)
-    implicit = k_DL if isinstance(k_DL, ImplicitFilter) else None
-    taps = k_DL.shape[1] if isinstance(k_DL, Tensor) else k_DL.h_FL.shape[1]
-    if taps < u_BLC.shape[1]:
-        raise ValueError(f"The filter has {taps} taps, the sequence {u_BLC.shape[1]}; a filter must cover it.")
     best = choose("hyena_conv", u_BLC.device, ["triton", "numba", "torch", "reference"]).name
-    if best == "triton" and implicit is not None and u_BLC.dtype != torch.float64:
+    if best == "triton" and isinstance(k_DL, ImplicitFilter) and u_BLC.dtype != torch.float64:
         kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
         size = gpu_size(2 * u_BLC.shape[1] - 1)
-        return kernels.ImplicitHyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, *implicit, size)
+        return kernels.ImplicitHyenaConv.apply(
+            u_BLC, None, None, w_CW, bias_C, skip_D, *k_DL, size, torch.is_grad_enabled()
+        )
     k_DL = k_DL if isinstance(k_DL, Tensor) else k_DL.taps()
     fits = _numba_takes(u_BLC, w_CW, bias_C, k_DL, skip_D)
     offered = (
@@ -126,9 +145,24 @@ def hyena_conv(
         return _HyenaConv.apply(u_BLC.transpose(1, 2), w_CW, bias_C, k_DL, skip_D).transpose(1, 2)
     if chosen == "triton":
         kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
-        return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, k_DL, gpu_size(2 * u_BLC.shape[1] - 1))
+        size = gpu_size(2 * u_BLC.shape[1] - 1)
+        return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, k_DL, size, torch.is_grad_enabled())
     x0_BLD, x1_BLD, v_BLD = causal_conv1d(u_BLC, w_CW, bias_C).chunk(3, dim=-1)
     return fftconv(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)
+
+
+def _check(
+    rows: torch.Size, channels: int, w_CW: Tensor, bias_C: Tensor, k_DL: Tensor | ImplicitFilter, skip_D: Tensor
+) -> None:
+    """Refuse what doesn't fit projections of so many (rows, positions) and channels."""
+    width = (k_DL if isinstance(k_DL, Tensor) else k_DL.w_DF).shape[0]
+    if channels != 3 * width:
+        raise ValueError(f"u_BLC must have {3 * width} channels, to fit the others; got {channels}.")
+    check_shapes(w_CW=(w_CW, (channels, w_CW.shape[-1])), bias_C=(bias_C, (channels,)), skip_D=(skip_D, (width,)))
+    taps = k_DL.shape[1] if isinstance(k_DL, Tensor) else k_DL.h_FL.shape[1]
+    complete = isinstance(k_DL, Tensor) and k_DL.is_complex()
+    if taps < rows[1] and not complete:
+        raise ValueError(f"The filter has {taps} taps, the sequence {rows[1]}; a filter must cover it.")
 
 
 def _numba_takes(u_BLC: Tensor, w_CW: Tensor, *others: Tensor) -> bool:

@@ -12,15 +12,19 @@ from functools import partial
 import pytest
 import torch
 
+from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.ops.add_norm import add_norm, add_norm_ref
 from genossm.ops.backend import installed, use_backend
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref
-from genossm.ops.hyena_conv import ImplicitFilter, hyena_conv, hyena_conv_ref
+from genossm.ops.gelu import gelu_backward, gelu_backward_ref
+from genossm.ops.hyena_conv import ImplicitFilter, Projection, hyena_conv, hyena_conv_ref
 from genossm.ops.mamba_mix import Direction, mamba_mix, mamba_mix_ref
+from genossm.ops.rotary import rotate, rotate_ref
 from genossm.ops.selective_scan import selective_scan, selective_scan_ref
+from genossm.ops.sine_network import sine_network, sine_network_ref
 from genossm.ops.ssd import ssd, ssd_ref
-from genossm.testing import assert_equals_reference
+from genossm.testing import assert_close, assert_equals_reference
 
 pytestmark = pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 
@@ -222,6 +226,85 @@ def test_hyena_conv_of_an_implicit_filter():
 
     with use_backend("triton"):
         assert_equals_reference(ours, truth, inputs, {})
+
+
+@small
+def test_hyena_conv_of_projections_that_are_not_yet_made():
+    # Two groups of filters; the bias is that of the projections alone, so nothing stands before the first position.
+    inputs = {"x": draw(2, 9, 4), "project": draw(15, 4), "shift": draw(15), "w": draw(15, 3), "b": draw(15)}
+    inputs |= {"skip": draw(5), "h": draw(4, 9), "last": draw(5, 4)}
+    decay, times = draw(5), torch.linspace(0, 1, 9, device=DEVICE)
+
+    def call(op, made):
+        def run(x, project, shift, w, b, skip, h, last):
+            k = ImplicitFilter(h, last, decay.to(h), times.to(h), 0.05)
+            u = Projection(x, project, shift)
+            return op(u.made() if made else u, w, b, k.taps() if made else k, skip)
+
+        return run
+
+    with use_backend("triton"):
+        assert_equals_reference(call(hyena_conv, False), call(hyena_conv_ref, True), inputs, {})
+
+
+@small
+@pytest.mark.parametrize(("width", "features", "layers", "length"), [(6, 5, 3, 130), (20, 3, 1, 65)])
+def test_sine_network(width, features, layers, length):
+    inputs = {"z": draw(features, length), "freq": 3 * torch.rand(width, device=DEVICE)}
+    for i in range(layers):
+        inputs |= {f"w{i}": draw(width, width if i else features) / width**0.5, f"b{i}": draw(width)}
+
+    def call(op):
+        def run(z, freq, **layers):
+            return op(z, freq, *([value for name, value in layers.items() if name[0] == kind] for kind in "wb"))
+
+        return run
+
+    with use_backend("triton"):
+        assert_equals_reference(call(sine_network), call(sine_network_ref), inputs, {})
+
+
+@small
+@pytest.mark.parametrize("shape", [(37, 5), (9, 300)])
+def test_gelu_backward(shape):
+    h, d = 3 * draw(*shape), draw(*shape)
+    wanted = gelu_backward_ref(h.double(), d.double())
+    with use_backend("triton"):
+        for got, truth in zip(gelu_backward(h, d), wanted, strict=True):
+            assert_close(got, truth)
+
+
+@small
+@pytest.mark.parametrize("head_last", [True, False])
+def test_rotate(head_last):
+    x, angle = torch.randn(2, 7, 3, 6, device=DEVICE), draw(7, 3)
+
+    def call(op):
+        def run(x):
+            return op(x if head_last else x.transpose(1, 2), angle.cos().to(x), angle.sin().to(x))
+
+        return run
+
+    with use_backend("triton"):
+        inputs = {"x": x if head_last else x.transpose(1, 2).contiguous()}
+        assert_equals_reference(call(rotate), call(rotate_ref), inputs, {}, dtype=torch.float32)
+
+
+@small
+def test_a_checkpointed_layer_convolves_once(monkeypatch):
+    convolved = []
+    kernels = importlib.import_module("genossm.ops.kernels.fftconv_triton")
+    convolve = kernels.convolve
+    monkeypatch.setattr(kernels, "convolve", lambda *a, **k: (convolved.append(0), convolve(*a, **k))[1])
+    model = HyenaDNAConfig(d_model=4, n_layer=2, max_length=9).build().to(DEVICE)
+    ids, found = torch.randint(7, 11, (2, 9), device=DEVICE), []
+    for model.gradient_checkpointing in (False, True):
+        with use_backend("triton"):
+            model(ids).square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        model.zero_grad()
+    assert len(convolved) == 4
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def mixed(mix):

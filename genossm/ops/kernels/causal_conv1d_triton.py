@@ -19,21 +19,27 @@ _MOST_TAPS = 8
 
 
 @triton.jit
-def _run(x, side, end, position, step, inside, BD: tl.constexpr, G: tl.constexpr):
+def _run(
+    x, shift, side, end, position, step, inside, BD: tl.constexpr, G: tl.constexpr, HAS_SHIFT: tl.constexpr
+):  # fmt: skip
     """Return the run of 8 positions before (side -1), at (0) or after (1) each run of a tile, 0 outside the row."""
     p = position + side * 8
     seen = inside[:, None] & (p >= 0)[None, :] & (p < end)[None, :]
-    return split_runs(load_tile(x, (side * 8 + tl.arange(0, G * 8))[None, :] * step, seen, False), BD, G)
+    tile = load_tile(x, (side * 8 + tl.arange(0, G * 8))[None, :] * step, seen, False)
+    if HAS_SHIFT:
+        tile = tl.where(seen, tile + shift, 0.0)
+    return split_runs(tile, BD, G)
 
 
 @triton.jit
 def _around(
-    x, end, position, step, inside, BD: tl.constexpr, G: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr
-):
+    x, shift, end, position, step, inside, BD: tl.constexpr, G: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
     """Return 24 values: the runs before, at and after each run; one that is not asked for is never read."""
-    here = _run(x, 0, end, position, step, inside, BD, G)
-    before = _run(x, -1, end, position, step, inside, BD, G) if BEFORE else here
-    after = _run(x, 1, end, position, step, inside, BD, G) if AFTER else here
+    here = _run(x, shift, 0, end, position, step, inside, BD, G, HAS_SHIFT)
+    before = _run(x, shift, -1, end, position, step, inside, BD, G, HAS_SHIFT) if BEFORE else here
+    after = _run(x, shift, 1, end, position, step, inside, BD, G, HAS_SHIFT) if AFTER else here
     return before + here + after
 
 
@@ -57,16 +63,17 @@ def _place(E, L, lengths, groups, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, T
 
 @triton.jit
 def _forward(
-    x, w, bias, lengths, y, E, L, groups, x_b, x_l, x_e, y_b, y_l, y_e,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,
-    BD: tl.constexpr, G: tl.constexpr,
+    x, w, bias, shift, lengths, y, E, L, groups, x_b, x_l, x_e, y_b, y_l, y_e,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    REVERSE: tl.constexpr, BD: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     row, _, channel, start, end = _place(E, L, lengths, groups, HAS_LENGTHS, BD, G * 8)
     inside = channel < E
     position = start + tl.arange(0, G * 8)
     wide = channel.to(tl.int64)
     at = x + row * x_b + wide * x_e + start * x_l
-    xs = _around(at, end, position, x_l, inside, BD, G, not REVERSE, REVERSE)
+    own = tl.load(shift + channel, inside, 0.0).to(tl.float32)[:, None] if HAS_SHIFT else 0.0
+    xs = _around(at, own, end, position, x_l, inside, BD, G, HAS_SHIFT, not REVERSE, REVERSE)
     taps = _taps(w, channel, inside, W)
     first = tl.load(bias + channel, inside, 0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
     out = ()
@@ -84,20 +91,22 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, w, bias, lengths, dy, dx, parts, E, L, tiles, groups, x_b, x_l, x_e, dy_b, dy_l, dy_e, dx_b, dx_l, dx_e,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,
-    BD: tl.constexpr, G: tl.constexpr,
+    x, w, bias, shift, lengths, dy, dx, parts, E, L, tiles, groups, x_b, x_l, x_e, dy_b, dy_l, dy_e, dx_b, dx_l, dx_e,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    REVERSE: tl.constexpr, BD: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     row, tile, channel, start, end = _place(E, L, lengths, groups, HAS_LENGTHS, BD, G * 8)
     inside = channel < E
     position = start + tl.arange(0, G * 8)
     wide = channel.to(tl.int64)
+    own = tl.load(shift + channel, inside, 0.0).to(tl.float32)[:, None] if HAS_SHIFT else 0.0
     xs = _around(
-        x + row * x_b + wide * x_e + start * x_l, end, position, x_l, inside, BD, G,
+        x + row * x_b + wide * x_e + start * x_l, own, end, position, x_l, inside, BD, G, HAS_SHIFT,
         SILU or not REVERSE, SILU or REVERSE,
     )  # fmt: skip
     dys = _around(
-        dy + row * dy_b + wide * dy_e + start * dy_l, end, position, dy_l, inside, BD, G, REVERSE, not REVERSE
+        dy + row * dy_b + wide * dy_e + start * dy_l, 0.0, end, position, dy_l, inside, BD, G, False,
+        REVERSE, not REVERSE,
     )  # fmt: skip
     taps = _taps(w, channel, inside, W)
     first = tl.load(bias + channel, inside, 0.0).to(tl.float32)[:, None] if HAS_BIAS else 0.0
@@ -124,7 +133,9 @@ def _backward(
     if HAS_LENGTHS:
         grad = tl.where((position < end)[None, :], grad, 0.0)
     tl.store(to, grad.to(dx.dtype.element_ty), kept)
-    parts_at = parts + ((row * tiles + tile) * E + channel) * (W + 1)
+    parts_at = parts + ((row * tiles + tile) * E + channel) * (W + 2 if HAS_SHIFT else W + 1)
+    if HAS_SHIFT:
+        tl.store(parts_at + W + 1, tl.sum(tl.where(kept & (position < end)[None, :], grad, 0.0), 1), inside)
     total = inner[W - 1 if REVERSE else 0]
     for k in tl.static_range(1, 8):
         total += inner[k + W - 1 if REVERSE else k]
@@ -201,16 +212,24 @@ def _plan(
 
 
 def convolve(
-    x: Tensor, w: Tensor, bias: Tensor | None, lengths: Tensor | None = None, silu: bool = False, reverse: bool = False
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None = None,
+    silu: bool = False,
+    reverse: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """Run the forward kernel."""
+    """Run the forward kernel; `shift`, for contiguous time alone, is added to the inputs of each channel first."""
     batch, length, width = x.shape
     flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
     groups = triton.cdiv(width, channels)
     y = empty_like(x)
-    kernel = causal_conv1d_walks.forward if _wide(x) else _forward
+    kernel, more = (causal_conv1d_walks.forward, ()) if _wide(x) else (_forward, (shift,))
+    if not _wide(x):
+        flags["HAS_SHIFT"] = shift is not None
     kernel[(groups * triton.cdiv(length, tile), batch)](
-        x, w.contiguous(), bias, lengths, y, width, length, groups, *x.stride(), *y.stride(), **flags
+        x, w.contiguous(), bias, *more, lengths, y, width, length, groups, *x.stride(), *y.stride(), **flags
     )
     return y
 
@@ -229,17 +248,49 @@ def convolve_backward(
     """Return the gradients of input, taps and bias; the first in `dx`, or with `add` (wide form) added to it."""
     batch, length, width = x.shape
     flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
+    if not _wide(x):
+        dx, sums_EX = _gradients(dy, x, w, bias, None, lengths, dx, flags, channels, tile)
+        return dx, sums_EX[:, :-1].to(w.dtype), None if bias is None else sums_EX[:, -1].to(bias.dtype)
     groups, tiles = triton.cdiv(width, channels), triton.cdiv(length, tile)
     dx = empty_like(x) if dx is None else dx
-    shape = (width, flags["W"] + 1) if not _wide(x) else (flags["W"] + 1, width)
-    parts = torch.empty(batch, tiles, *shape, device=x.device)
-    if _wide(x):
-        flags["ADD"] = add
-    kernel = causal_conv1d_walks.backward if _wide(x) else _backward
-    kernel[(groups * tiles, batch)](
+    parts = torch.empty(batch, tiles, flags["W"] + 1, width, device=x.device)
+    causal_conv1d_walks.backward[(groups * tiles, batch)](
         x, w.contiguous(), bias, lengths, dy, dx, parts, width, length, tiles, groups,
-        *x.stride(), *dy.stride(), *dx.stride(), **flags,
+        *x.stride(), *dy.stride(), *dx.stride(), ADD=add, **flags,
     )  # fmt: skip
-    total = parts.sum((0, 1))
-    total = total.T if _wide(x) else total
+    total = parts.sum((0, 1)).T
     return dx, total[:, :-1].to(w.dtype), None if bias is None else total[:, -1].to(bias.dtype)
+
+
+def convolve_shifted_backward(
+    dy: Tensor, x: Tensor, w: Tensor, bias: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of input, taps, bias and shift."""
+    flags, channels, tile = _plan(x, w, bias, None, False, False)
+    dx, sums_EX = _gradients(dy, x, w, bias, shift, None, None, flags, channels, tile)
+    dw, d_bias, d_shift = sums_EX.split([w.shape[1], 1, 1], dim=1)
+    return dx, dw.to(w.dtype), d_bias[:, 0].to(bias.dtype), d_shift[:, 0].to(shift.dtype)
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    lengths: Tensor | None,
+    dx: Tensor | None,
+    flags: dict[str, Any],
+    channels: int,
+    tile: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel of contiguous time; return the input's gradient, and by channel those of w, bias and shift."""
+    batch, length, width = x.shape
+    groups, tiles = triton.cdiv(width, channels), triton.cdiv(length, tile)
+    dx = empty_like(x) if dx is None else dx
+    parts = torch.empty(batch, tiles, width, flags["W"] + (1 if shift is None else 2), device=x.device)
+    _backward[(groups * tiles, batch)](
+        x, w.contiguous(), bias, shift, lengths, dy, dx, parts, width, length, tiles, groups,
+        *x.stride(), *dy.stride(), *dx.stride(), HAS_SHIFT=shift is not None, **flags,
+    )  # fmt: skip
+    return dx, parts.sum((0, 1))

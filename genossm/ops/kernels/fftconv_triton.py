@@ -6,18 +6,17 @@ and pad into its buffer; multiply spectra; crop, add the skip, gate and cast. Ch
 buffers. Spectra are kept for the backward pass only where they are small beside the memory of a GPU.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_GROUP_BYTES = 1 << 29
-"""Memory of one of the complex buffers of a group of channels."""
 _KEPT_BYTES = 1 << 30
-"""The spectra of a call's filters are kept for the backward pass up to this size, and made again above it."""
+"""The spectra of a call, or of its filters alone, are kept for the backward pass up to this size, else made again."""
 _T = 1024
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -26,11 +25,18 @@ def _element(x, b, c, t, x_b, x_c, x_t, seen):
 
 
 @triton.jit
+def _window(decay, times, shift, c, t, L, width):
+    """Return the window of implicit filters."""
+    rate = tl.abs(tl.load(decay + c, c < width, 0.0).to(tl.float32)) * _LOG2E
+    return tl.exp2(-rate * tl.load(times + t, t < L, 0.0).to(tl.float32)) + shift
+
+
+@triton.jit
 def _pack(
-    x, gate, behind, out, L, size, first, width, x_b, x_c, x_t, g_b, g_c, g_t, r_c, r_t,
-    HAS_GATE: tl.constexpr, HAS_BEHIND: tl.constexpr, T: tl.constexpr,
+    x, gate, behind, decay, times, shift, out, L, size, first, width, x_b, x_c, x_t, g_b, g_c, g_t, r_c, r_t,
+    HAS_GATE: tl.constexpr, HAS_BEHIND: tl.constexpr, HAS_WINDOW: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Write x times its gate, padded with zeros, as pairs; filters of what follows stand at the end, lag -1 last."""
+    """Write x times gate or window, padded with zeros, as pairs; filters of what follows at the end, lag -1 last."""
     b = tl.program_id(2).to(tl.int64)
     pair = tl.program_id(1)
     t = tl.program_id(0) * T + tl.arange(0, T)
@@ -39,6 +45,8 @@ def _pack(
     value = _element(x, b, c, t[:, None], x_b, x_c, x_t, seen)
     if HAS_GATE:
         value *= _element(gate, b, c, t[:, None], g_b, g_c, g_t, seen)
+    if HAS_WINDOW:
+        value *= _window(decay, times, shift, c, t[:, None], L, width)
     if HAS_BEHIND:
         lag = size - 1 - t
         tail = ((lag >= 0) & (lag < L - 1))[:, None] & (c < width)
@@ -149,7 +157,10 @@ def _finish(
         value += tl.load(skip + c, c < width, 0.0).to(tl.float32) * u
     to = (b * width + c).to(tl.int64) * L + t[None, :]
     if KEEP:
-        tl.store(conv + to, value.to(conv.dtype.element_ty), seen)
+        value = value.to(conv.dtype.element_ty)
+        tl.store(conv + to, value, seen)
+        # Gated as it is kept, so that a checkpointed layer, which gates it again, finds the same.
+        value = value.to(tl.float32)
     if HAS_OUT:
         value *= _element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
     tl.store(y + to, value.to(y.dtype.element_ty), seen)
@@ -187,14 +198,18 @@ def _finish_backward(
 
 @triton.jit
 def _unpack_filter(
-    packed, dk, dbehind, L, size, first, width, k_c, r_c, HAS_BEHIND: tl.constexpr, T: tl.constexpr
+    packed, dk, dbehind, decay, times, shift, L, size, width, k_c, r_c,
+    HAS_BEHIND: tl.constexpr, HAS_WINDOW: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
+    """Crop the filters' gradient, times their window."""
     _, pair, t = _place(T)
-    c = first + 2 * pair + tl.arange(0, 2)[:, None]
+    c = 2 * pair + tl.arange(0, 2)[:, None]
     side = tl.arange(0, 2)[:, None]
     at = pair.to(tl.int64) * size * 2
     seen = (t < L)[None, :] & (c < width)
     value = tl.load(packed + at + 2 * t[None, :] + side, seen, 0.0)
+    if HAS_WINDOW:
+        value *= _window(decay, times, shift, c, t[None, :], L, width)
     tl.store(dk + c.to(tl.int64) * k_c + t[None, :], value.to(dk.dtype.element_ty), seen)
     if HAS_BEHIND:
         seen = (t < L - 1)[None, :] & (c < width)
@@ -202,20 +217,35 @@ def _unpack_filter(
         tl.store(dbehind + c.to(tl.int64) * r_c + t[None, :], value.to(dbehind.dtype.element_ty), seen)
 
 
+class Window(NamedTuple):
+    """What taps stand under, exp(-|decay| t) + shift: tensors (D) and (L)."""
+
+    decay: Tensor
+    times: Tensor
+    shift: float
+
+
 class Filters(Protocol):
     """Filters that are made, and whose gradients are taken, a group of channels at a time."""
 
+    window: Window | None
+    group_bytes: int
+    """Memory of one of the complex buffers of a group of channels."""
+
     def rows(self, first: int, count: int) -> Tensor:
-        """Return the taps of some channels, (count, K)."""
+        """Return the taps of some channels, (count, K), before their window."""
         ...
 
     def add(self, first: int, d_GL: Tensor) -> None:
-        """Take the gradient of the taps of some channels, over the sequence's length."""
+        """Take the gradient of those taps of some channels, over the sequence's length."""
         ...
 
 
 class Given:
     """Filters that are there as a whole."""
+
+    window = None
+    group_bytes = 1 << 27
 
     def __init__(self, k: Tensor):
         self.k = k
@@ -231,13 +261,14 @@ class Given:
 
 
 class FFTConv(torch.autograd.Function):
-    """x, k, skip, k_reverse, gate_in, gate_out, size -> y; tensors as in `genossm.ops.fftconv`."""
+    """x, k, skip, k_reverse, gate_in, gate_out, size, whether gradients are on -> y; as in `genossm.ops.fftconv`."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        *tensors, size = given
+        *tensors, size, train = given
+        train = train and any(ctx.needs_input_grad)
         x, k, *rest = tensors
-        y, conv, spectra = convolve(x, Given(k), *rest, size, train=any(ctx.needs_input_grad))
+        y, conv, spectra = convolve(x, Given(k), *rest, size, train=train, keep=train)
         ctx.save_for_backward(*tensors, conv, *spectra)
         ctx.size = size
         return y
@@ -253,7 +284,7 @@ class FFTConv(torch.autograd.Function):
         d_skip, d_behind = convolve_backward(
             grads[0], x, filters, skip, behind, gate_in, gate_out, conv, spectra, ctx.size, dx, d_in, d_out
         )
-        return (_turned(dx), filters.dk, d_skip, d_behind, _turned(d_in), _turned(d_out), None)
+        return (_turned(dx), filters.dk, d_skip, d_behind, _turned(d_in), _turned(d_out), None, None)
 
 
 def convolve(
@@ -265,11 +296,12 @@ def convolve(
     gate_out: Tensor | None,
     size: int,
     train: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return the result, and for `convolve_backward` what stood before the gate and, where small, the spectra."""
+    """Return the result, and for `convolve_backward` what stood before the gate and, with `keep`, small spectra."""
     batch, length, width = x.shape
-    step = _step(size, batch)
-    keeps = train and 4 * size * width <= _KEPT_BYTES
+    step = _step(filters, size, batch)
+    keeps, keeps_both = (keep and 4 * size * width * several <= _KEPT_BYTES for several in (1, 1 + batch))
     y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
     conv = torch.empty_like(y) if train and gate_out is not None else None
     spectra: list[Tensor] = []
@@ -279,11 +311,14 @@ def convolve(
         w = _filter_spectrum(filters, behind, first, min(step, width - first), length, size)
         if keeps:
             spectra.append(w)
-        product = z
+        if keeps_both:
+            spectra.append(z)
+        product = torch.empty_like(z) if keeps_both else z
         _multiply[(triton.cdiv(size // 2 + 1, _T), pairs, batch)](
             torch.view_as_real(z), torch.view_as_real(w), torch.view_as_real(product), size, 1 / size, T=_T
         )
         # The 1 / n of the inverse transform is in the product.
+        del z, w
         product = torch.fft.ifft(product, norm="forward")
         _finish[(triton.cdiv(length, _T), pairs, batch)](
             torch.view_as_real(product), x, gate_in, gate_out, skip, y, conv, length, size, first, width,
@@ -315,15 +350,16 @@ def convolve_backward(
         Those of the skip and of the filters of what follows.
     """
     batch, length, width = x.shape
-    blocks, step = triton.cdiv(length, _T), _step(size, batch)
+    blocks, step = triton.cdiv(length, _T), _step(filters, size, batch)
     d_skip = None if skip is None else torch.empty(batch, blocks, width, device=x.device)
     d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
     spectra = list(spectra)
+    both = len(spectra) > triton.cdiv(width, step)
     for first in range(0, width, step):
         pairs = (min(step, width - first) + 1) // 2
         count = min(step, width - first)
-        z = torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
         w = spectra.pop(0) if spectra else _filter_spectrum(filters, behind, first, count, length, size)
+        z = spectra.pop(0) if both else torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
         d = torch.fft.fft(_packed(dy, gate_out, None, first, pairs, size))
         dw = torch.empty_like(w)
         _correlate[(triton.cdiv(size // 2 + 1, _T // 2), pairs)](
@@ -333,9 +369,11 @@ def convolve_backward(
         dw = torch.fft.ifft(dw, norm="forward")
         dk = torch.empty(count, length, device=x.device)
         d_next = None if d_behind is None else d_behind[first : first + count]
+        window = _rows(filters.window, first)
         _unpack_filter[(blocks, pairs, 1)](
-            torch.view_as_real(dw), dk, d_next, length, size, 0, count, length,
-            0 if d_next is None else d_next.stride(0), HAS_BEHIND=behind is not None, T=_T,
+            torch.view_as_real(dw), dk, d_next, *(window or (None, None, 0.0)), length, size, count, length,
+            0 if d_next is None else d_next.stride(0), HAS_BEHIND=behind is not None, HAS_WINDOW=window is not None,
+            T=_T,
         )  # fmt: skip
         filters.add(first, dk)
         del dw
@@ -348,9 +386,9 @@ def convolve_backward(
     return None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
 
 
-def _step(size: int, batch: int) -> int:
+def _step(filters: Filters, size: int, batch: int) -> int:
     """Return the channels of a group."""
-    return max(1, _GROUP_BYTES // (8 * size * batch)) * 2
+    return max(1, filters.group_bytes // (8 * size * batch)) * 2
 
 
 def _turned(d_BDL: Tensor | None) -> Tensor | None:
@@ -361,7 +399,12 @@ def _filter_spectrum(filters: Filters, behind: Tensor | None, first: int, count:
     """Return the transforms of a group's filters."""
     taps = filters.rows(first, count)[None].transpose(1, 2)
     after = None if behind is None else behind[first : first + count]
-    return torch.fft.fft(_packed(taps, None, after, 0, (count + 1) // 2, size, length))
+    window = _rows(filters.window, first)
+    return torch.fft.fft(_packed(taps, None, after, 0, (count + 1) // 2, size, length, window))
+
+
+def _rows(window: Window | None, first: int) -> Window | None:
+    return None if window is None else window._replace(decay=window.decay[first:])
 
 
 def _packed(
@@ -372,14 +415,16 @@ def _packed(
     pairs: int,
     size: int,
     length: int | None = None,
+    window: Window | None = None,
 ) -> Tensor:
-    """Return channels `first` to `first + 2 * pairs`, gated and padded to `size`, as a complex (B, pairs, size)."""
+    """Return channels `first` to `first + 2 * pairs`, gated or windowed, padded, as complex (B, pairs, size)."""
     batch, width = x_BLD.shape[0], x_BLD.shape[2]
     out = torch.empty(batch, pairs, size, dtype=torch.complex64, device=x_BLD.device)
     _pack[(triton.cdiv(size, _T), pairs, batch)](
-        x_BLD, gate_BLD, behind_DL, torch.view_as_real(out), length or x_BLD.shape[1], size, first, width,
+        x_BLD, gate_BLD, behind_DL, *(window or (None, None, 0.0)), torch.view_as_real(out),
+        length or x_BLD.shape[1], size, first, width,
         *_steps(x_BLD), *_steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride()),
-        HAS_GATE=gate_BLD is not None, HAS_BEHIND=behind_DL is not None, T=_T,
+        HAS_GATE=gate_BLD is not None, HAS_BEHIND=behind_DL is not None, HAS_WINDOW=window is not None, T=_T,
     )  # fmt: skip
     return out
 

@@ -7,45 +7,28 @@ gradients of the short convolution's three results are written side by side, as 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_T = 1024
-
-
-@triton.jit
-def _window(k, decay, t, shift, K, T: tl.constexpr):
-    """Multiply a channel's taps by their window, where they stand."""
-    i = tl.program_id(0) * T + tl.arange(0, T)
-    rate = tl.abs(tl.load(decay + tl.program_id(1)).to(tl.float32)) * _LOG2E
-    at = k + tl.program_id(1).to(tl.int64) * K + i
-    window = tl.exp2(-rate * tl.load(t + i, i < K, 0.0).to(tl.float32)) + shift
-    tl.store(at, tl.load(at, i < K, 0.0) * window, i < K)
 
 
 class _Implicit:
     """Filters made of their network's last layer; their gradients are added up into that layer's."""
 
+    # Few groups, for each reads that layer, which is long.
+    group_bytes = 1 << 29
+
     def __init__(self, length: int, h: Tensor, w: Tensor, decay: Tensor, t: Tensor, shift: float):
-        self.h, self.w, self.decay, self.t, self.shift = h[:, :length], w, decay, t, shift
+        self.h, self.w = h[:, :length], w
+        self.window = fftconv_triton.Window(decay, t, shift)
         self.dh = self.dw = torch.empty(0)
 
-    def windowed(self, first: int, k_GL: Tensor) -> Tensor:
-        count, length = k_GL.shape
-        grid = (triton.cdiv(length, _T), count)
-        _window[grid](k_GL, self.decay[first:], self.t, self.shift, length, T=_T)
-        return k_GL
-
     def rows(self, first: int, count: int) -> Tensor:
-        return self.windowed(first, self.w[first : first + count] @ self.h)
+        return self.w[first : first + count] @ self.h
 
     def add(self, first: int, d_GL: Tensor) -> None:
         rows = slice(first, first + len(d_GL))
-        d_GL = self.windowed(first, d_GL)
         if first == 0:
             self.dw = torch.empty_like(self.w)
             self.dh = self.w[rows].T @ d_GL
@@ -55,64 +38,114 @@ class _Implicit:
 
 
 class HyenaConv(torch.autograd.Function):
-    """u, w, bias, skip, k, size -> y; tensors as in `genossm.ops.hyena_conv`."""
+    """u, w, bias, skip, k, size, whether gradients are on -> y; tensors as in `genossm.ops.hyena_conv`."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        *kept, k, size = given
-        return _forward(ctx, kept, fftconv_triton.Given(k), size, k)
+        u, *short, skip, k, size, train = given
+        train = train and any(ctx.needs_input_grad)
+        y, conv, spectra = _mix(u, None, short, skip, fftconv_triton.Given(k), size, train)
+        ctx.save_for_backward(u, *short, skip, k, conv, *spectra)
+        ctx.size = size
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, k = ctx.saved_tensors[:5]
+        u, w, bias, skip, k, conv, *spectra = ctx.saved_tensors
         filters = fftconv_triton.Given(k)
-        return (*_backward(ctx, grads[0], kept, filters, ctx.saved_tensors[5:]), filters.dk, None)
+        d_BLC, d_skip = _mix_backward(grads[0], u, None, [w, bias], skip, filters, ctx.size, conv, spectra)
+        return (*causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias), d_skip, filters.dk, None, None)
 
 
 class ImplicitHyenaConv(torch.autograd.Function):
-    """u, w, bias, skip, those of an implicit filter (h, w, decay, t, shift), size -> y."""
+    """Projections' x, weight, bias (or they, None, None), w, bias, skip, those of an implicit filter, size, train -> y.
+
+    An implicit filter has h, w, decay, t, shift; `train` tells whether gradients are on, which no forward pass sees.
+    """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        u, w, bias, skip, h, last, decay, t, shift, size = given
-        ctx.shift = shift
+        x, weight, shift, w, bias, skip, h, last, decay, t, floor, size, train = given
+        # Under autocast this is in half precision, what follows is not.
+        u = x if weight is None else _projected(x, weight)
         with torch.autocast("cuda", enabled=False):
-            filters = _Implicit(u.shape[1], h, last, decay, t, shift)
-            return _forward(ctx, [u, w, bias, skip], filters, size, h, last, decay, t)
+            filters = _Implicit(u.shape[1], h, last, decay, t, floor)
+            y, conv, spectra = _mix(u, shift, [w, bias], skip, filters, size, train and any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, weight, shift, w, bias, skip, h, last, decay, t, conv, *spectra)
+        ctx.options = (floor, size, u.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        u, w, bias, skip, h, last, decay, t, *spectra = ctx.saved_tensors
-        filters = _Implicit(u.shape[1], h, last, decay, t, ctx.shift)
-        found = _backward(ctx, grads[0], [u, w, bias, skip], filters, spectra)
-        behind = h.shape[1] - u.shape[1]
+        x, weight, shift, w, bias, skip, h, last, decay, t, conv, *spectra = ctx.saved_tensors
+        floor, size, dtype = ctx.options
+        u = x if weight is None else _projected(x.to(dtype), weight.to(dtype))
+        length = u.shape[1]
+        filters = _Implicit(length, h, last, decay, t, floor)
+        d_BLC, d_skip = _mix_backward(grads[0], u, shift, [w, bias], skip, filters, size, conv, spectra)
+        behind = h.shape[1] - length
         dh = torch.nn.functional.pad(filters.dh, (0, behind)) if behind else filters.dh
-        return (*found, dh, filters.dw, None, None, None, None)
+        of_filters = (d_skip, dh, filters.dw, *[None] * 5)
+        if weight is None:
+            du, dw, d_bias = causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias)
+            return (du, None, None, dw, d_bias, *of_filters)
+        du, dw, d_bias, d_shift = causal_conv1d_triton.convolve_shifted_backward(d_BLC, u, w, bias, shift)
+        dx = (du @ weight.to(dtype)).to(x.dtype)
+        d_weight = (du.transpose(1, 2) @ x.to(dtype)).sum(0).to(weight.dtype)
+        return (dx, d_weight, d_shift, dw, d_bias, *of_filters)
 
 
-def _forward(ctx: Any, given: list[Tensor], filters: fftconv_triton.Filters, size: int, *saved: Tensor) -> Tensor:
-    """Mix; keep what the backward pass needs."""
-    u, w, bias, skip = given
-    x0, x1, v = causal_conv1d_triton.convolve(u, w, bias).chunk(3, dim=-1)
-    train = any(ctx.needs_input_grad)
-    y, conv, spectra = fftconv_triton.convolve(v, filters, skip, None, x1, x0, size, train=train)
-    ctx.save_for_backward(*given, *saved, conv, *spectra)
-    ctx.size = size
-    return y
+def _projected(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the projections before their bias, (B, L, C) with time contiguous."""
+    return (weight.expand(x.shape[0], -1, -1) @ x.transpose(1, 2)).transpose(1, 2)
 
 
-def _backward(
-    ctx: Any, dy: Tensor, given: list[Tensor], filters: fftconv_triton.Filters, kept: list[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of u, w, bias and skip; the filters take their own."""
-    u, w, bias, skip = given
-    conv, *spectra = kept
-    x0, x1, v = causal_conv1d_triton.convolve(u, w, bias).chunk(3, dim=-1)
+def _mix(
+    u: Tensor,
+    shift: Tensor | None,
+    short: list[Tensor],
+    skip: Tensor,
+    filters: fftconv_triton.Filters,
+    size: int,
+    train: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return the result and what the backward pass needs of it.
+
+    A checkpointed layer keeps the long convolution alone, and gates it again.
+    """
+    w, bias = short
+    width = u.shape[2] // 3
+    if kept.remaking():
+        conv = kept.kept()
+        own = None if shift is None else shift[:width]
+        x0 = causal_conv1d_triton.convolve(u[..., :width], w[:width], bias[:width], shift=own)
+        return (conv * x0.transpose(1, 2)).transpose(1, 2), conv, []
+    x0, x1, v = causal_conv1d_triton.convolve(u, w, bias, shift=shift).chunk(3, dim=-1)
+    y, made, spectra = fftconv_triton.convolve(
+        v, filters, skip, None, x1, x0, size, train=train, keep=train and not kept.inside()
+    )
+    if made is not None:
+        kept.keep(made)
+    return y, made, spectra
+
+
+def _mix_backward(
+    dy: Tensor,
+    u: Tensor,
+    shift: Tensor | None,
+    short: list[Tensor],
+    skip: Tensor,
+    filters: fftconv_triton.Filters,
+    size: int,
+    conv: Tensor,
+    spectra: list[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the short convolution's results, side by side, and of skip; filters take their own."""
+    x0, x1, v = causal_conv1d_triton.convolve(u, *short, shift=shift).chunk(3, dim=-1)
     batch, length, width = u.shape
     d_BCL = torch.empty(batch, width, length, dtype=u.dtype, device=u.device)
     d_out, d_in, dx = d_BCL.chunk(3, dim=1)
     d_skip, _ = fftconv_triton.convolve_backward(
-        dy, v, filters, skip, None, x1, x0, conv, spectra, ctx.size, dx, d_in, d_out
+        dy, v, filters, skip, None, x1, x0, conv, spectra, size, dx, d_in, d_out
     )
-    del x0, x1, v
-    return (*causal_conv1d_triton.convolve_backward(d_BCL.transpose(1, 2), u, w, bias), d_skip)
+    return d_BCL.transpose(1, 2), d_skip

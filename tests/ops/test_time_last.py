@@ -1,6 +1,6 @@
 import torch
 
-from genossm.nn.linear import FromTime, ToTime
+from genossm.ops.time_last import FromTime, ToTime
 
 
 def draw(*shape):

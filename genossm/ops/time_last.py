@@ -11,22 +11,33 @@ from torch import Tensor
 
 
 class ToTime(torch.autograd.Function):
-    """x_BLD, weight_CD, bias_C -> (B, C, L); the gradient of x has its width contiguous."""
+    """x_BLD, weight_CD, bias_C or None -> (B, C, L); the gradient of x has its width contiguous."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         x_BLD, weight_CD, bias_C = given
         ctx.save_for_backward(x_BLD, weight_CD)
+        ctx.has_bias = bias_C is not None
         weight_BCD = weight_CD.expand(x_BLD.shape[0], -1, -1)
-        return torch.baddbmm(bias_C[:, None], weight_BCD, x_BLD.transpose(1, 2))
+        x_BDL = x_BLD.transpose(1, 2)
+        return weight_BCD @ x_BDL if bias_C is None else torch.baddbmm(bias_C[:, None], weight_BCD, x_BDL)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x_BLD, weight_CD = ctx.saved_tensors
         dy_BCL = grads[0]
         dx_BLD = dy_BCL.transpose(1, 2) @ weight_CD.to(dy_BCL.dtype)
         dw_CD = (dy_BCL @ x_BLD.to(dy_BCL.dtype)).sum(0)
-        return dx_BLD.to(x_BLD.dtype), dw_CD.to(weight_CD.dtype), dy_BCL.sum((0, 2)).to(weight_CD.dtype)
+        d_bias_C = dy_BCL.sum((0, 2)).to(weight_CD.dtype) if ctx.has_bias else None
+        return dx_BLD.to(x_BLD.dtype), dw_CD.to(weight_CD.dtype), d_bias_C
+
+
+def from_time(x_BDL: Tensor, weight_CD: Tensor, bias_C: Tensor) -> Tensor:
+    """Return the linear layer's (B, L, C)."""
+    if len(x_BDL) == 1:
+        # The bias comes with the product; that of several would be written first, and read again.
+        return torch.addmm(bias_C, x_BDL[0].T, weight_CD.T)[None]
+    return torch.baddbmm(bias_C, x_BDL.transpose(1, 2), weight_CD.T.expand(len(x_BDL), -1, -1))
 
 
 class FromTime(torch.autograd.Function):
@@ -36,8 +47,7 @@ class FromTime(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         x_BDL, weight_CD, bias_C = given
         ctx.save_for_backward(x_BDL, weight_CD)
-        weight_BDC = weight_CD.T.expand(x_BDL.shape[0], -1, -1)
-        return torch.baddbmm(bias_C, x_BDL.transpose(1, 2), weight_BDC)
+        return from_time(x_BDL, weight_CD, bias_C)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,62 @@
+"""Results that a checkpointed region keeps: what takes long to make again and little memory to hold.
+
+`torch.utils.checkpoint` makes a region again in the backward pass; with `context_fn=region`, what `kept` made the first
+time is handed out again instead.
+"""
+
+import contextlib
+from contextvars import ContextVar, Token
+
+from torch import Tensor
+
+
+class Pass(contextlib.AbstractContextManager[None]):
+    """A pass over a region: the first, or one that makes it again and takes in turn what the first one put there."""
+
+    def __init__(self, results: list[Tensor], again: bool):
+        self.results, self.again, self.taken = results, again, 0
+        self._token: Token[Pass | None] | None = None
+
+    def __enter__(self) -> None:
+        self.taken = 0
+        self._token = _running.set(self)
+
+    def __exit__(self, *error: object) -> None:
+        assert self._token is not None
+        _running.reset(self._token)
+
+
+_running: ContextVar[Pass | None] = ContextVar("genossm_kept", default=None)
+
+
+def region() -> tuple[Pass, Pass]:
+    """Return the contexts of a region's first pass and of those that make it again, as `checkpoint` asks for them."""
+    results: list[Tensor] = []
+    return Pass(results, again=False), Pass(results, again=True)
+
+
+def inside() -> bool:
+    """Tell whether a region runs."""
+    return _running.get() is not None
+
+
+def remaking() -> bool:
+    """Tell whether a region is made again, for its gradients alone."""
+    running = _running.get()
+    return running is not None and running.again
+
+
+def keep(result: Tensor) -> None:
+    """Hold a result for the passes that make this region again; outside of one, nothing."""
+    running = _running.get()
+    if running is not None:
+        running.results.append(result)
+
+
+def kept() -> Tensor:
+    """Return the next result that the first pass over this region held."""
+    running = _running.get()
+    assert running is not None
+    assert running.again
+    running.taken += 1
+    return running.results[running.taken - 1]

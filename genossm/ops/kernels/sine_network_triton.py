@@ -1,0 +1,179 @@
+"""The network of sines in Triton: one pass over memory forward, one a layer backward, which makes the layers again.
+
+Products are exact to float32 (three of TF32 each), as the arguments of the sines must be. Sums over positions for the
+gradients of the weights are written in parts, program by program, and added in a fixed order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_T = 64
+_WARPS = 4
+_PROGRAMS = 264
+"""Programs of the backward kernel, two for each multiprocessor of a large GPU; each adds up its positions' parts."""
+
+
+_PI_INVERSE = tl.constexpr(0.3183098861837907)
+# Three addends of pi, of which the first two have so few digits that their multiples are exact.
+_PI_1, _PI_2, _PI_3 = tl.constexpr(3.140625), tl.constexpr(9.67502593994140625e-4), tl.constexpr(1.509957990978376e-7)
+
+
+@triton.jit
+def _sine(x, QUARTER: tl.constexpr):
+    """Return sin x where QUARTER is 0, cos x where it is 0.5; exact to float32 for |x| up to some thousands.
+
+    Triton's own takes ten times the instructions. x is brought within pi / 2 of a zero of the result; there the first
+    seven terms of the series are enough.
+    """
+    turns = tl.floor(x * _PI_INVERSE + (0.5 - QUARTER))
+    at = turns + QUARTER
+    r = ((x - at * _PI_1) - at * _PI_2) - at * _PI_3
+    s = r * r
+    series = 1.0 + s * (
+        -1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s * (1 / 362880 + s * (-1 / 39916800 + s / 6227020800))))
+    )
+    odd = turns - 2.0 * tl.floor(turns * 0.5)
+    # Beyond a zero of the cosine it falls, where the sine rises.
+    falls = 1.0 - odd if QUARTER > 0 else odd
+    return (1.0 - 2.0 * falls) * r * series
+
+
+@triton.jit
+def _product(a, b):
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _matrix(w, row, column, F, C):
+    """Load a matrix (F, C), padded with zeros."""
+    seen = (row < F)[:, None] & (column < C)[None, :]
+    return tl.load(w + row[:, None] * C + column[None, :], seen, 0.0)
+
+
+@triton.jit
+def _features(z, feature, t, L, E):
+    """Load the features of a tile of positions, padded with zeros."""
+    return tl.load(z + feature.to(tl.int64)[:, None] * L + t[None, :], (feature < E)[:, None] & (t < L)[None, :], 0.0)
+
+
+@triton.jit
+def _argument(w, h, bias, i, row, F, C, BC: tl.constexpr):
+    """Return what a layer takes the sine of, before its frequency: [width, positions]."""
+    first = tl.load(bias + i * F + row, row < F, 0.0)
+    return _product(_matrix(w, row, tl.arange(0, BC), F, C), h) + first[:, None]
+
+
+@triton.jit
+def _forward(
+    z, first, inner, bias, freq, out, L, F, E,
+    LAYERS: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, BF)
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    frequency = tl.load(freq + row, row < F, 0.0)[:, None]
+    h = _features(z, tl.arange(0, BE), t, L, E)
+    h = _sine(frequency * _argument(first, h, bias, 0, row, F, E, BE), 0.0)
+    for i in range(1, LAYERS):
+        h = _sine(frequency * _argument(inner + (i - 1) * F * F, h, bias, i, row, F, F, BF), 0.0)
+    at = row.to(tl.int64)[:, None] * L + t[None, :]
+    tl.store(out + at, h, (row < F)[:, None] & (t < L)[None, :])
+
+
+@triton.jit
+def _backward(
+    z, first, inner, bias, freq, grad, d_before, d_w, d_bias, d_freq, L, F, E, still,
+    LAYER: tl.constexpr, HAS_BEFORE: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Pass the gradient of layer LAYER to its weights, and where HAS_BEFORE to what it is made of."""
+    row = tl.arange(0, BF)
+    feature = tl.arange(0, BE)
+    inside = row < F
+    frequency = tl.load(freq + row, inside, 0.0)[:, None]
+    C: tl.constexpr = BF if LAYER > 0 else BE
+    column = tl.arange(0, C)
+    columns = F if LAYER > 0 else E
+    w = first if LAYER == 0 else inner + (LAYER - 1) * F * F
+    d_frequency = tl.zeros([BF], tl.float32)
+    d_shift = tl.zeros([BF], tl.float32)
+    d_matrix = tl.zeros([BF, C], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(L, T), tl.num_programs(0)):
+        t = block * T + tl.arange(0, T)
+        # `still` is 0, which the compiler can't know: matrices that it loaded once for all would not fit the registers.
+        move = block * still
+        h = _features(z, feature, t, L, E)
+        a = _argument(first + move, h, bias, 0, row, F, E, BE)
+        for i in tl.static_range(LAYER):
+            h = _sine(frequency * a, 0.0)
+            a = _argument(inner + i * F * F + move, h, bias, i + 1, row, F, F, BF)
+        at = row.to(tl.int64)[:, None] * L + t[None, :]
+        d = tl.load(grad + at, inside[:, None] & (t < L)[None, :], 0.0) * _sine(frequency * a, 0.5)
+        d_frequency += tl.sum(d * a, 1)
+        d = d * frequency
+        d_shift += tl.sum(d, 1)
+        d_matrix += _product(d, tl.trans(h))
+        if HAS_BEFORE:
+            before = _product(tl.trans(_matrix(w + move, row, column, F, columns)), d)
+            to = column.to(tl.int64)[:, None] * L + t[None, :]
+            tl.store(d_before + to, before, (column < columns)[:, None] & (t < L)[None, :])
+    part = tl.program_id(0)
+    tl.store(d_freq + part * F + row, d_frequency, inside)
+    tl.store(d_bias + part * F + row, d_shift, inside)
+    at = part * F * columns + row[:, None] * columns + column[None, :]
+    tl.store(d_w + at, d_matrix, inside[:, None] & (column < columns)[None, :])
+
+
+class SineNetwork(torch.autograd.Function):
+    """z, freq, the number of layers, their weights, their biases -> h; tensors as in `genossm.ops.sine_network`."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        z, freq, layers, *rest = given
+        first, inner, bias = _stacked(rest[:layers], rest[layers:])
+        z, freq = z.contiguous(), freq.contiguous()
+        (features, length), width = z.shape, freq.shape[0]
+        out = torch.empty(width, length, device=z.device)
+        _forward[(triton.cdiv(length, _T),)](
+            z, first, inner, bias, freq, out, length, width, features,
+            LAYERS=layers, BF=_padded(width), BE=_padded(features), T=_T, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(z, freq, *rest)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, freq, *rest = ctx.saved_tensors
+        layers = len(rest) // 2
+        first, inner, bias = _stacked(rest[:layers], rest[layers:])
+        (features, length), width = z.shape, freq.shape[0]
+        programs = min(_PROGRAMS, triton.cdiv(length, _T))
+        dh = grads[0].contiguous()
+        d_freq = torch.zeros_like(freq)
+        found: list[Tensor] = []
+        for layer in reversed(range(layers)):
+            before = torch.empty_like(dh if layer > 0 else z) if layer > 0 or ctx.needs_input_grad[0] else None
+            parts = [torch.empty(programs, *like.shape, device=z.device) for like in (rest[layer], freq, freq)]
+            _backward[(programs,)](
+                z, first, inner, bias, freq, dh, before, *parts, length, width, features, 0,
+                LAYER=layer, HAS_BEFORE=before is not None, BF=_padded(width), BE=_padded(features), T=_T // 2,
+                num_warps=_WARPS, num_stages=1,
+            )  # fmt: skip
+            d_w, d_bias, d_more = (part.sum(0) for part in parts)
+            found = [d_w, *found[: layers - 1 - layer], d_bias, *found[layers - 1 - layer :]]
+            d_freq += d_more
+            dh = before
+        return dh, d_freq, None, *found
+
+
+def _stacked(weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first weight, those behind it and the biases, each in one piece of memory."""
+    inner = torch.stack(weights[1:]) if len(weights) > 1 else weights[0].new_empty(0, *[len(biases[0])] * 2)
+    return weights[0].contiguous(), inner, torch.stack(biases)
+
+
+def _padded(width: int) -> int:
+    """Return the width of the tiles: products take 16 rows at least."""
+    return max(16, triton.next_power_of_2(width))
