@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genossm.ops import kept
+from genossm.ops.column_sum import column_sum
 from genossm.ops.gelu import gelu, gelu_backward
 
 
@@ -48,7 +49,7 @@ class NarrowMLP(torch.autograd.Function):
         hidden_MF, d_MF, d_bias_F = gelu_backward(F.linear(x_MD, in_FD, bias_F), dy_MD @ out_DF)
         d_out_DF = dy_MD.T @ hidden_MF
         del hidden_MF
-        d_bias_D = dy_MD.sum(0) if ctx.has_bias else None
+        d_bias_D = column_sum(dy_MD) if ctx.has_bias else None
         d_bias = None if bias_F is None else d_bias_F.to(bias_F.dtype)
         return (d_MF @ in_FD).view_as(x_BLD), d_MF.T @ x_MD, d_bias, d_out_DF, d_bias_D
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genossm.ops.column_sum import column_sum
+
 
 class ToTime(torch.autograd.Function):
     """x_BLD, weight_CD, bias_C or None -> (B, C, L); the gradient of x has its width contiguous."""
@@ -55,4 +57,4 @@ class FromTime(torch.autograd.Function):
         dy_BLC = grads[0]
         dx_BDL = weight_CD.T.to(dy_BLC.dtype) @ dy_BLC.transpose(1, 2)
         dw_CD = (x_BDL.to(dy_BLC.dtype) @ dy_BLC).sum(0).T
-        return dx_BDL.to(x_BDL.dtype), dw_CD.to(weight_CD.dtype), dy_BLC.sum((0, 1)).to(weight_CD.dtype)
+        return dx_BDL.to(x_BDL.dtype), dw_CD.to(weight_CD.dtype), column_sum(dy_BLC.flatten(0, 1)).to(weight_CD.dtype)

@@ -16,6 +16,7 @@ from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.ops.add_norm import add_norm, add_norm_ref
 from genossm.ops.backend import installed, use_backend
 from genossm.ops.causal_conv1d import causal_conv1d, causal_conv1d_ref
+from genossm.ops.column_sum import column_sum, column_sum_ref
 from genossm.ops.fftconv import fftconv, fftconv_ref
 from genossm.ops.gelu import gelu_backward, gelu_backward_ref
 from genossm.ops.hyena_conv import ImplicitFilter, Projection, hyena_conv, hyena_conv_ref
@@ -262,6 +263,14 @@ def test_sine_network(width, features, layers, length):
 
     with use_backend("triton"):
         assert_equals_reference(call(sine_network), call(sine_network_ref), inputs, {})
+
+
+@small
+@pytest.mark.parametrize("shape", [(37, 5), (9, 300)])
+def test_column_sum(shape):
+    x = draw(*shape)
+    with use_backend("triton"):
+        assert_close(column_sum(x), column_sum_ref(x.double()))
 
 
 @small

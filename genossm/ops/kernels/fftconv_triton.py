@@ -245,7 +245,7 @@ class Given:
     """Filters that are there as a whole."""
 
     window = None
-    group_bytes = 1 << 27
+    group_bytes = 1 << 28
 
     def __init__(self, k: Tensor):
         self.k = k

@@ -11,34 +11,44 @@ from torch import Tensor
 
 from genossm.ops.kernels.triton_parts import sigmoid
 
-_ELEMENTS = 2048
-_PROGRAMS = 1056
-"""Programs, 8 for each multiprocessor of a large GPU; each adds up its rows' parts."""
+_ELEMENTS = 1024
+_PROGRAMS = 4224
+"""Programs, 32 for each multiprocessor of a large GPU; each adds up its rows' parts."""
 _ROOT = tl.constexpr(1.5957691216057308)
 """2 sqrt(2 / pi): 0.5 (1 + tanh x) is the logistic function of 2 x."""
 _CUBE = tl.constexpr(0.044715)
 
 
 @triton.jit
+def _place(block, column, rows, F, R: tl.constexpr):
+    row = block * R + tl.arange(0, R).to(tl.int64)
+    return row[:, None] * F + column[None, :], (row < rows)[:, None] & (column < F)[None, :]
+
+
+@triton.jit
 def _backward(h, d, parts, rows, F, groups, BF: tl.constexpr, R: tl.constexpr):
     column = tl.program_id(0) % groups * BF + tl.arange(0, BF)
-    inside = column < F
     first = tl.program_id(0) // groups
-    total = tl.zeros([BF], tl.float32)
-    for block in range(first, tl.cdiv(rows, R), tl.num_programs(0) // groups):
-        row = block * R + tl.arange(0, R).to(tl.int64)
-        at = row[:, None] * F + column[None, :]
-        seen = (row < rows)[:, None] & inside[None, :]
-        x = tl.load(h + at, seen, 0.0).to(tl.float32)
-        grad = tl.load(d + at, seen, 0.0).to(tl.float32)
+    step = tl.num_programs(0) // groups
+    at, seen = _place(first, column, rows, F, R)
+    x_ahead = tl.load(h + at, seen, 0.0)
+    grad_ahead = tl.load(d + at, seen, 0.0)
+    # Rows are added up at the end alone: a sum over them inside the loop would make all warps wait for each other.
+    total = tl.zeros([R, BF], tl.float32)
+    for block in range(first, tl.cdiv(rows, R), step):
+        x = x_ahead.to(tl.float32)
+        grad = grad_ahead.to(tl.float32)
+        ahead, there = _place(block + step, column, rows, F, R)
+        x_ahead = tl.load(h + ahead, there, 0.0)
+        grad_ahead = tl.load(d + ahead, there, 0.0)
+        at, seen = _place(block, column, rows, F, R)
         square = x * x
         s = sigmoid(x * _ROOT * (square * _CUBE + 1.0))
         tl.store(h + at, (x * s).to(h.dtype.element_ty), seen)
         grad *= s + x * s * (1.0 - s) * _ROOT * (square * _CUBE * 3.0 + 1.0)
-        rounded = grad.to(d.dtype.element_ty)
-        tl.store(d + at, rounded, seen)
-        total += tl.sum(grad, 0)
-    tl.store(parts + first * F + column, total, inside)
+        tl.store(d + at, grad.to(d.dtype.element_ty), seen)
+        total += grad
+    tl.store(parts + first * F + column, tl.sum(total, 0), column < F)
 
 
 def backward(h_MF: Tensor, d_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
