@@ -1,6 +1,6 @@
 """Compare one GPU with several of a host: losses and speed of DDP and FSDP2, speed of embed and score.
 
-torchrun --standalone --nproc-per-node 2 scripts/two_gpus.py [--length 131072] [--steps 6]
+torchrun --standalone --nproc-per-node 2 scripts/two_gpus.py [--length 131072] [--steps 6] [--only embed score]
 """
 
 import argparse
@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from genossm.optim import Optim
 from genossm.score import score
 from genossm.tasks.base import share_out
 
+PARTS = ("training", "embed", "score")
+
 
 def main() -> None:
     """Measure, in turn, one process alone and all of them."""
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     given = parser.parse_args()
     gpu = torch.cuda.is_available()
     distributed.init_process_group("nccl" if gpu else "gloo")
@@ -43,21 +46,32 @@ def main() -> None:
     config = HyenaDNAConfig(d_model=given.width, n_layer=given.layers, max_length=given.length + 2)
     torch.manual_seed(1)
     rows_RL = torch.randint(7, 11, (ranks, given.length + 1), device=device)
+    if rank == 0:
+        say(f"{ranks} x {torch.cuda.get_device_name(device) if gpu else 'CPU'}, torch {torch.__version__}")
+    if "training" in given.only:
+        train(config, rows_RL, given.steps, device)
+    verbs(config, device, given.only)
+    distributed.destroy_process_group()
+
+
+def train(config: HyenaDNAConfig, rows_RL: Tensor, count: int, device: torch.device) -> None:
+    """Compare losses and a step's time of one process, DDP and FSDP2."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    length = rows_RL.shape[1] - 1
     mine = rows_RL[rank : rank + 1]
     wrapped: dict[str, Callable[[NextBase], nn.Module]] = {"DDP": DistributedDataParallel, "FSDP2": shard}
     # Losses in float32, whose differences are those of the order of sums; times as training runs, in bfloat16.
-    short = min(given.length, 16_384) + 1
-    alone = steps(build(config, device), rows_RL[:, :short], given.steps, half=False)[0] if rank == 0 else []
-    single = steps(build(config, device), rows_RL[:1], given.steps, half=True)[1] if rank == 0 else 0.0
+    short = min(length, 16_384) + 1
+    alone = steps(build(config, device), rows_RL[:, :short], count, half=False)[0] if rank == 0 else []
+    single = steps(build(config, device), rows_RL[:1], count, half=True)[1] if rank == 0 else 0.0
     if rank == 0:
-        say(f"{ranks} x {torch.cuda.get_device_name(device) if gpu else 'CPU'}, torch {torch.__version__}")
         say(f"one process, batch {ranks} x {short - 1}, float32: losses {shown(alone)}")
-        say(f"one process, batch 1 x {given.length}, bfloat16: {1e3 * single:.1f} ms a step")
+        say(f"one process, batch 1 x {length}, bfloat16: {1e3 * single:.1f} ms a step")
     for name, wrap in wrapped.items():
         distributed.barrier()
-        losses, _ = steps(wrap(build(config, device)), mine[:, :short], given.steps, half=False)
+        losses, _ = steps(wrap(build(config, device)), mine[:, :short], count, half=False)
         distributed.barrier()
-        _, seconds = steps(wrap(build(config, device)), mine, given.steps, half=True)
+        _, seconds = steps(wrap(build(config, device)), mine, count, half=True)
         losses_R = torch.tensor(losses, device=device)
         distributed.all_reduce(losses_R)
         if rank == 0:
@@ -67,8 +81,6 @@ def main() -> None:
                 f"{name}: losses {shown(losses)}, at most {apart:.1e} apart; {1e3 * seconds:.1f} ms a step,"
                 f" throughput {ranks * single / seconds:.2f}x"
             )
-    verbs(config, device)
-    distributed.destroy_process_group()
 
 
 class NextBase(nn.Module):
@@ -121,7 +133,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def verbs(config: HyenaDNAConfig, device: torch.device) -> None:
+def verbs(config: HyenaDNAConfig, device: torch.device, wanted: Sequence[str]) -> None:
     """Compare embed and score by one process and by all, in the same folder."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     name = "human_chr20_b37_33260000-34308576.fa.gz"
@@ -137,8 +149,9 @@ def verbs(config: HyenaDNAConfig, device: torch.device) -> None:
             width = min(given_window(config), len(bases) // 2)
             starts = [i * (len(bases) - width) // 63 for i in range(64)]
             bed.write_text("".join(f"{contig}\t{s}\t{s + width}\n" for s in starts))
-            # Two parts of what one process scores at a time, a part for each of two.
+            # Two parts of what one process scores at a time, a part for each of two; a few more to warm up with.
             write_variants(vcf, contig, bases, 2048 if device.type == "cuda" else 64)
+            write_variants(folder / "warm.vcf", contig, bases, 64)
         distributed.barrier()
         model = build(config, device).backbone
         window = min(given_window(config), 8192)
@@ -147,9 +160,11 @@ def verbs(config: HyenaDNAConfig, device: torch.device) -> None:
             return embed(model, bed=bed, genome=fasta, out=folder / f"{part}.npy", batch_size=1)  # type: ignore[arg-type]
 
         def scoring(part: str) -> object:
-            return score(model, vcf=vcf, genome=fasta, out=folder / f"{part}.tsv", window=window)  # type: ignore[arg-type]
+            given = folder / "warm.vcf" if "warm" in part else vcf
+            return score(model, vcf=given, genome=fasta, out=folder / f"{part}.tsv", window=window)  # type: ignore[arg-type]
 
-        for verb, call in {"embed": embedding, "score": scoring}.items():
+        calls = {"embed": embedding, "score": scoring}
+        for verb, call in {verb: call for verb, call in calls.items() if verb in wanted}.items():
             one = timed(call, f"{verb}_warm", device, alone=True)
             one = timed(call, f"{verb}_one", device, alone=True)
             distributed.barrier()

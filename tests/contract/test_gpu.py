@@ -21,7 +21,7 @@ SHAPES = {
     "hyenadna, both ways": {"model_type": "hyenadna", "d_model": 32, "n_layer": 1, "max_length": 20000}
     | {"bidirectional": True, "embed_dropout": 0.0},
     "striped_hyena": {"model_type": "striped_hyena", "d_model": 32, "n_layer": 2, "n_head": 2, "vocab_size": 16},
-    "transformer": {"model_type": "transformer", "d_model": 32, "n_layer": 2, "n_head": 2},
+    "transformer": {"model_type": "transformer", "d_model": 32, "n_layer": 2, "n_head": 2, "embed_dropout": 0.0},
 }
 LENGTHS = {"caduceus-ph, wide": 16384}
 
