@@ -21,6 +21,7 @@ from genossm.config import conf_folder
 from genossm.config import launch as launch_verb
 from genossm.data.protocols import PROTOCOLS
 from genossm.files import write_atomically
+from genossm.source import find
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def evaluate(config: DictConfig) -> EvaluateResult:
 
     Raises:
         ValueError: a value is wrong; the message says which and what is allowed.
+        FileNotFoundError: the pretrained model is not there.
     """
     for name, allowed in (("launcher", LAUNCHERS), ("baselines", BASELINES)):
         if config[name] not in allowed:
@@ -95,6 +97,9 @@ def evaluate(config: DictConfig) -> EvaluateResult:
             cell.failure.unlink(missing_ok=True)
     part, parts = _part(config.part)
     waiting = [cell for cell in cells[part::parts] if not cell.result.exists() and not cell.failure.exists()]
+    if waiting and config.pretrained:
+        # One answer now instead of one a cell.
+        find(config.pretrained)
     logger.info("%d of %d cells are left to run", len(waiting), len(cells[part::parts]))
     if config.launcher == "slurm":
         launch_slurm(waiting, folder, config)

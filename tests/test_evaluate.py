@@ -39,6 +39,12 @@ def test_suite_runs_and_resumes(tmp_path):
     assert evaluate(quick(tmp_path, "rates=[0.003]", "seeds=[1,2]")).rows[0].low == 0.123
 
 
+def test_a_pretrained_model_that_is_not_there_is_told_before_any_cell_runs(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere/model"):
+        evaluate(quick(tmp_path, f"pretrained={tmp_path}/nowhere/model"))
+    assert not list(tmp_path.glob("**/failed.txt"))
+
+
 def test_parts_of_a_sweep_share_the_grid_and_leave_the_table_to_the_end(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr("genossm.evaluate.launch", lambda cells, jobs: ran.append([(c.task, c.rate) for c in cells]))
