@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from genossm.nn.linear import linear
 from genossm.ops.rotary import rotate
 
 _FASTEST = {
@@ -179,7 +180,7 @@ class Attention(nn.Module):
         """Mix along time; `mask_BL` marks real positions and is needed only where padding could be seen: both ways."""
         q_BLHP, k_BLGP, v_BLGP = self._project(x_BLD)
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(q_BLHP, k_BLGP, v_BLGP, mask_BL, self.causal, dropout).flatten(2))
+        return linear(self.out_proj, attend(q_BLHP, k_BLGP, v_BLGP, mask_BL, self.causal, dropout).flatten(2))
 
     def init_state(self, batch_size: int) -> dict[str, Any]:
         """Return the empty cache of keys and values."""
@@ -199,7 +200,7 @@ class Attention(nn.Module):
 
     def _project(self, x_BLD: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        q_BLHP, k_BLGP, v_BLGP = self.in_proj(x_BLD).unflatten(-1, (-1, self.head_width)).split(heads, dim=2)
+        q_BLHP, k_BLGP, v_BLGP = linear(self.in_proj, x_BLD).unflatten(-1, (-1, self.head_width)).split(heads, dim=2)
         if self.rotary is not None:
             q_BLHP, k_BLGP = self.rotary(q_BLHP, k_BLGP, start)
         return q_BLHP, k_BLGP, v_BLGP

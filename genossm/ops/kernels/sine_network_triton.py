@@ -48,8 +48,10 @@ def _product(a, b):
 
 
 @triton.jit
-def _matrix(w, row, column, F, C):
-    """Load a matrix (F, C), padded with zeros."""
+def _matrix(w, row, column, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr):
+    """Load a matrix (F, C), padded with zeros to (BF, BC)."""
+    if F == BF and C == BC:
+        return tl.load(w + row[:, None] * C + column[None, :])
     seen = (row < F)[:, None] & (column < C)[None, :]
     return tl.load(w + row[:, None] * C + column[None, :], seen, 0.0)
 
@@ -61,31 +63,33 @@ def _features(z, feature, t, L, E):
 
 
 @triton.jit
-def _argument(w, h, bias, i, row, F, C, BC: tl.constexpr):
+def _argument(
+    w, h, bias, i, row, F: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
     """Return what a layer takes the sine of, before its frequency: [width, positions]."""
     first = tl.load(bias + i * F + row, row < F, 0.0)
-    return _product(_matrix(w, row, tl.arange(0, BC), F, C), h) + first[:, None]
+    return _product(_matrix(w, row, tl.arange(0, BC), F, C, BF, BC), h) + first[:, None]
 
 
 @triton.jit
 def _forward(
-    z, first, inner, bias, freq, out, L, F, E,
+    z, first, inner, bias, freq, out, L, F: tl.constexpr, E: tl.constexpr,
     LAYERS: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BF)
     t = tl.program_id(0) * T + tl.arange(0, T)
     frequency = tl.load(freq + row, row < F, 0.0)[:, None]
     h = _features(z, tl.arange(0, BE), t, L, E)
-    h = _sine(frequency * _argument(first, h, bias, 0, row, F, E, BE), 0.0)
+    h = _sine(frequency * _argument(first, h, bias, 0, row, F, E, BF, BE), 0.0)
     for i in range(1, LAYERS):
-        h = _sine(frequency * _argument(inner + (i - 1) * F * F, h, bias, i, row, F, F, BF), 0.0)
+        h = _sine(frequency * _argument(inner + (i - 1) * F * F, h, bias, i, row, F, F, BF, BF), 0.0)
     at = row.to(tl.int64)[:, None] * L + t[None, :]
     tl.store(out + at, h, (row < F)[:, None] & (t < L)[None, :])
 
 
 @triton.jit
 def _backward(
-    z, first, inner, bias, freq, grad, d_before, d_w, d_bias, d_freq, L, F, E, still,
+    z, first, inner, bias, freq, grad, d_before, d_w, d_bias, d_freq, L, still, F: tl.constexpr, E: tl.constexpr,
     LAYER: tl.constexpr, HAS_BEFORE: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Pass the gradient of layer LAYER to its weights, and where HAS_BEFORE to what it is made of."""
@@ -95,7 +99,7 @@ def _backward(
     frequency = tl.load(freq + row, inside, 0.0)[:, None]
     C: tl.constexpr = BF if LAYER > 0 else BE
     column = tl.arange(0, C)
-    columns = F if LAYER > 0 else E
+    columns: tl.constexpr = F if LAYER > 0 else E
     w = first if LAYER == 0 else inner + (LAYER - 1) * F * F
     d_frequency = tl.zeros([BF], tl.float32)
     d_shift = tl.zeros([BF], tl.float32)
@@ -105,10 +109,10 @@ def _backward(
         # `still` is 0, which the compiler can't know: matrices that it loaded once for all would not fit the registers.
         move = block * still
         h = _features(z, feature, t, L, E)
-        a = _argument(first + move, h, bias, 0, row, F, E, BE)
+        a = _argument(first + move, h, bias, 0, row, F, E, BF, BE)
         for i in tl.static_range(LAYER):
             h = _sine(frequency * a, 0.0)
-            a = _argument(inner + i * F * F + move, h, bias, i + 1, row, F, F, BF)
+            a = _argument(inner + i * F * F + move, h, bias, i + 1, row, F, F, BF, BF)
         at = row.to(tl.int64)[:, None] * L + t[None, :]
         d = tl.load(grad + at, inside[:, None] & (t < L)[None, :], 0.0) * _sine(frequency * a, 0.5)
         d_frequency += tl.sum(d * a, 1)
@@ -116,7 +120,7 @@ def _backward(
         d_shift += tl.sum(d, 1)
         d_matrix += _product(d, tl.trans(h))
         if HAS_BEFORE:
-            before = _product(tl.trans(_matrix(w + move, row, column, F, columns)), d)
+            before = _product(tl.trans(_matrix(w + move, row, column, F, columns, BF, C)), d)
             to = column.to(tl.int64)[:, None] * L + t[None, :]
             tl.store(d_before + to, before, (column < columns)[:, None] & (t < L)[None, :])
     part = tl.program_id(0)
@@ -137,7 +141,7 @@ class SineNetwork(torch.autograd.Function):
         (features, length), width = z.shape, freq.shape[0]
         out = torch.empty(width, length, device=z.device)
         _forward[(triton.cdiv(length, _T),)](
-            z, first, inner, bias, freq, out, length, width, features,
+            z, first, inner, bias, freq, out, length, F=width, E=features,
             LAYERS=layers, BF=_padded(width), BE=_padded(features), T=_T, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(z, freq, *rest)
@@ -157,7 +161,7 @@ class SineNetwork(torch.autograd.Function):
             before = torch.empty_like(dh if layer > 0 else z) if layer > 0 or ctx.needs_input_grad[0] else None
             parts = [torch.empty(programs, *like.shape, device=z.device) for like in (rest[layer], freq, freq)]
             _backward[(programs,)](
-                z, first, inner, bias, freq, dh, before, *parts, length, width, features, 0,
+                z, first, inner, bias, freq, dh, before, *parts, length, 0, F=width, E=features,
                 LAYER=layer, HAS_BEFORE=before is not None, BF=_padded(width), BE=_padded(features), T=_T // 2,
                 num_warps=_WARPS, num_stages=1,
             )  # fmt: skip
