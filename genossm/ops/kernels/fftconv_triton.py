@@ -236,8 +236,12 @@ class Filters(Protocol):
         """Return the taps of some channels, (count, K), before their window."""
         ...
 
+    def place(self, first: int, count: int, length: int) -> Tensor:
+        """Return where the gradient of those taps of some channels is to be written, over the sequence's length."""
+        ...
+
     def add(self, first: int, d_GL: Tensor) -> None:
-        """Take the gradient of those taps of some channels, over the sequence's length."""
+        """Take that gradient."""
         ...
 
 
@@ -254,10 +258,14 @@ class Given:
     def rows(self, first: int, count: int) -> Tensor:
         return self.k[first : first + count]
 
-    def add(self, first: int, d_GL: Tensor) -> None:
+    def place(self, first: int, count: int, length: int) -> Tensor:
         if self.dk is None:
-            self.dk = torch.zeros_like(self.k, memory_format=torch.contiguous_format)
-        self.dk[first : first + len(d_GL), : d_GL.shape[1]] = d_GL
+            self.dk = torch.empty_like(self.k, memory_format=torch.contiguous_format)
+            self.dk[:, length:] = 0
+        return self.dk[first : first + count, :length]
+
+    def add(self, first: int, d_GL: Tensor) -> None:
+        """Nothing: it stands where it belongs."""
 
 
 class FFTConv(torch.autograd.Function):
@@ -367,11 +375,11 @@ def convolve_backward(
         )
         del z, w
         dw = torch.fft.ifft(dw, norm="forward")
-        dk = torch.empty(count, length, device=x.device)
+        dk = filters.place(first, count, length)
         d_next = None if d_behind is None else d_behind[first : first + count]
         window = _rows(filters.window, first)
         _unpack_filter[(blocks, pairs, 1)](
-            torch.view_as_real(dw), dk, d_next, *(window or (None, None, 0.0)), length, size, count, length,
+            torch.view_as_real(dw), dk, d_next, *(window or (None, None, 0.0)), length, size, count, dk.stride(0),
             0 if d_next is None else d_next.stride(0), HAS_BEHIND=behind is not None, HAS_WINDOW=window is not None,
             T=_T,
         )  # fmt: skip

@@ -27,6 +27,9 @@ class _Implicit:
     def rows(self, first: int, count: int) -> Tensor:
         return self.w[first : first + count] @ self.h
 
+    def place(self, first: int, count: int, length: int) -> Tensor:
+        return torch.empty(count, length, device=self.h.device)
+
     def add(self, first: int, d_GL: Tensor) -> None:
         rows = slice(first, first + len(d_GL))
         if first == 0:
