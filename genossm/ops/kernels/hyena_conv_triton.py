@@ -12,6 +12,9 @@ from torch import Tensor
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
 
+_KEPT_BYTES = 1 << 30
+"""A checkpointed layer keeps its long convolution up to this size, and makes it again above: there memory counts."""
+
 
 class _Implicit:
     """Filters made of their network's last layer; their gradients are added up into that layer's."""
@@ -118,7 +121,8 @@ def _mix(
     """
     w, bias = short
     width = u.shape[2] // 3
-    if kept.remaking():
+    small = u.nbytes // 3 <= _KEPT_BYTES
+    if small and kept.remaking():
         conv = kept.kept()
         own = None if shift is None else shift[:width]
         x0 = causal_conv1d_triton.convolve(u[..., :width], w[:width], bias[:width], shift=own)
@@ -127,7 +131,7 @@ def _mix(
     y, made, spectra = fftconv_triton.convolve(
         v, filters, skip, None, x1, x0, size, train=train, keep=train and not kept.inside()
     )
-    if made is not None:
+    if small and made is not None:
         kept.keep(made)
     return y, made, spectra
 
