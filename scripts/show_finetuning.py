@@ -326,8 +326,10 @@ def tune_cell(task: str, model: str, weights: str, option: str, seed: int) -> di
 def pretraining_bed(fasta: Path, tables: Any) -> str:
     """Return the intervals of pretraining: train without every test row of the tables, found by their letters.
 
-    A 32-mer of a test row, on either strand, marks its place in the chromosome; rows of spliced messengers are found
-    exon by exon this way. What is left between test rows is used where a window fits.
+    A 32-mer of a test row that the chromosome holds once, counted on both strands, marks its place; rows of spliced
+    messengers are found exon by exon this way, and marks at most 500 bases apart are joined, and
+    100 bases on both sides are left out too. What comes more than once marks nothing: it would take every copy of
+    a repeat that a test row touches out of training.
     """
     import numpy as np
     import pandas as pd
@@ -336,39 +338,45 @@ def pretraining_bed(fasta: Path, tables: Any) -> str:
     from genossm.dna.genome import Genome
 
     def codes_of(bases: Any) -> tuple[Any, Any]:
-        """Return a 64-bit code of each 32-mer and whether it holds no N."""
+        """Return a 64-bit code of each 32-mer, the same for both strands, and whether it holds no N."""
         base = (bases & np.uint8(0x7F)).astype(np.uint64) - np.uint64(alphabet.A)
         known = base < 4
-        code, size = base & np.uint64(3), 1
+        # The complement of code c is 3 - c; read backwards, the base that comes last weighs most.
+        code, other, size = base & np.uint64(3), np.uint64(3) - (base & np.uint64(3)), 1
         while size < 32:
             code = (code[:-size] << np.uint64(2 * size)) | code[size:]
+            other = other[:-size] | (other[size:] << np.uint64(2 * size))
             known = known[:-size] & known[size:]
             size *= 2
-        return code, known
+        return np.minimum(code, other), known
 
     wanted: list[Any] = []
     for path in tables:
         table = pd.read_csv(path, sep="\t")
         if "split" not in table or "seq" not in table:
             continue
-        for text in table.loc[table["split"] == "test", "seq"]:
-            if len(text) >= 32:
-                bases = alphabet.from_text(text)
-                wanted += [codes_of(strand)[0] for strand in (bases, alphabet.reverse_complement(bases))]
+        wanted += [
+            codes_of(alphabet.from_text(text))[0]
+            for text in table.loc[table["split"] == "test", "seq"]
+            if len(text) >= 32
+        ]
     keys = np.unique(np.concatenate(wanted))
     genome = Genome(str(fasta))
     name = next(iter(genome.contigs))
-    covered = np.zeros(genome.contigs[name] + 1, np.int32)
     bases = genome.codes(name)
-    for first in range(TRAIN[0], TRAIN[1], 1 << 22):
-        last = min(TRAIN[1], first + (1 << 22) + 31)
-        code, known = codes_of(np.asarray(bases[first:last]))
-        hits = first + np.flatnonzero(known & (keys[np.searchsorted(keys, code).clip(max=len(keys) - 1)] == code))
-        np.add.at(covered, hits, 1)
-        np.add.at(covered, hits + 32, -1)
-    free = np.concatenate([[False], (np.cumsum(covered) == 0)[TRAIN[0] : TRAIN[1]], [False]]).astype(np.int8)
-    starts, ends = np.flatnonzero(np.diff(free) == 1) + TRAIN[0], np.flatnonzero(np.diff(free) == -1) + TRAIN[0]
-    kept = [(s, e) for s, e in zip(starts.tolist(), ends.tolist(), strict=True) if e - s > LENGTH]
+    counts, places = np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64)
+    for first in range(0, genome.contigs[name], 1 << 22):
+        code, known = codes_of(np.asarray(bases[first : first + (1 << 22) + 31]))
+        which = np.searchsorted(keys, code).clip(max=len(keys) - 1)
+        hits = np.flatnonzero(known & (keys[which] == code))
+        np.add.at(counts, which[hits], 1)
+        places[which[hits]] = first + hits
+    marks = np.sort(places[counts == 1])
+    joined = np.flatnonzero(np.diff(marks, prepend=-(1 << 30)) > 32 + 500)
+    starts, ends = marks[joined] - 100, np.append(marks[joined[1:] - 1], marks[-1]) + 32 + 100
+    begins, stops = np.append(TRAIN[0], ends), np.append(starts, TRAIN[1])
+    free = [(max(s, TRAIN[0]), min(e, TRAIN[1])) for s, e in zip(begins.tolist(), stops.tolist(), strict=True)]
+    kept = [(s, e) for s, e in free if e - s > LENGTH]
     lines = [f"{name}\t{s}\t{e}\ttrain\n" for s, e in kept]
     return "".join([*lines, *(f"{name}\t{s}\t{e}\t{split}\n" for (s, e), split in ((VAL, "val"), (TEST, "test")))])
 

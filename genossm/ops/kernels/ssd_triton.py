@@ -385,7 +385,9 @@ def _shape(x: Tensor, B: Tensor, reach: Tensor, met_BL: Tensor | None, reverse: 
             "Q": _CHUNK,
             "BP": max(16, triton.next_power_of_2(width)),
             "BN": min(64 if roomy else 16, max(16, triton.next_power_of_2(states))),
-            "num_warps": 4 if roomy else 8,
+            # Four warps run out of registers over 16 bit inputs, and on an H200 the gradient of C in tiles of 16 or 32
+            # states then came out wrong, by a tenth, or the kernel read beyond its memory (Triton 3.6); eight hold.
+            "num_warps": 4 if roomy and not half else 8,
             # Tiles that are loaded ahead of their turn would not fit a multiprocessor's shared memory.
             "num_stages": 1,
         },
