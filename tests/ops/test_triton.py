@@ -80,7 +80,7 @@ def draw_scan(batch, length, width, states, dtype=torch.float32, bare=False, tim
     ("shape", "options"),
     [
         ((1, 1, 1, 1), {}),
-        ((1, 11, 33, 2), {}),
+        ((1, 11, 33, 9), {}),
         ((1, 16, 32, 1), {"reverse": True}),
         ((2, 13, 3, 2), {"lengths_B": (13, 6), "resets_BL": True}),
         ((1, 13, 3, 2), {"lengths_B": (12,), "resets_BL": True, "reverse": True}),

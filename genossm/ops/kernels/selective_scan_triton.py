@@ -12,7 +12,7 @@ from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import selective_scan_torch, selective_scan_walks
 from genossm.ops.rows import dropped_states
 
-_PIECE_BYTES = 1 << 28
+_PIECE_BYTES = 1 << 29
 """Memory of what the last kernel writes for the next: longer sequences go through it in pieces."""
 
 
@@ -52,15 +52,12 @@ def selective_scan(
     return (y_BLE, state_BEN) if return_state else y_BLE
 
 
-def tile_shape(batch: int, length: int, width: int) -> tuple[int, int, int]:
-    """Return a program's channels, positions and positions at once.
-
-    Short sequences need short tiles, else too few of them fill a GPU.
-    """
+def tile_length(batch: int, length: int, width: int) -> int:
+    """Return a program's positions. Short sequences need short tiles, else too few of them fill a GPU."""
     if triton_interpreted():
-        return 32, 8, 4
+        return 8
     size = batch * width * length
-    return 64 if width > 32 else 32, 128 if size >= 1 << 25 else 64 if size >= 1 << 22 else 16, 2
+    return 128 if size >= 1 << 25 else 64 if size >= 1 << 23 else 32 if size >= 1 << 20 else 16
 
 
 class Scan:
@@ -90,25 +87,44 @@ class Scan:
     ):
         self.u, self.dt, self.z, self.states = u, dt, z, A.shape[1]
         self.batch, self.length, self.width = u.shape
-        # The matrix units take 16 columns at least; states that are not there have neither input nor reader.
-        self.N = max(1 if triton_interpreted() else 16, triton.next_power_of_2(self.states))
+        # Sums take states by 8, matrix units rows by 16; states that are not there have neither input nor reader.
+        self.N = max(8 if triton_interpreted() else 16, triton.next_power_of_2(self.states))
         more = (0, self.N - self.states)
         self.A = pad(A.float() * math.log2(math.e), more).T.contiguous()
         self.D, self.bias = (None if x is None else x.float().contiguous() for x in (D, bias))
         self.rest = (self.bias, drop, lengths)
-        self.BD, self.T, unrolled = tile_shape(self.batch, self.length, self.width)
-        self.groups = triton.cdiv(self.width, self.BD)
+        self.T = tile_length(self.batch, self.length, self.width)
         self.tiles = triton.cdiv(self.length, self.T)
         beyond = (*more, 0, self.tiles * self.T - self.length)
         self.B, self.C = (pad(x.float(), beyond).contiguous() for x in (B, C))
-        even = lengths is None and self.length % self.T == 0 and self.width % self.BD == 0
-        self.sizes = (1, self.width, self.length, self.tiles, self.groups)
         self.reverse = reverse
         self.flags = {
             "SOFTPLUS": softplus_on, "HAS_BIAS": bias is not None, "HAS_Z": z is not None, "HAS_DROP": drop is not None,
-            "HAS_LENGTHS": lengths is not None, "REVERSE": reverse, "EVEN": even, "N": self.N, "BD": self.BD,
-            "T": self.T, "U": unrolled if self.N <= 16 else 1, "num_warps": 1,
+            "HAS_LENGTHS": lengths is not None, "REVERSE": reverse, "N": self.N, "T": self.T,
+            "num_warps": 1, "num_stages": 1,
         }  # fmt: skip
+
+    def forward_shape(self) -> tuple[int, dict[str, Any]]:
+        """Return the groups of channels, and their flags, of the kernels that walk once."""
+        few = triton_interpreted() or self.width <= 32 or self.N > 16
+        # Where there is enough to do: more under way at once, in registers that leave room for 13 warps.
+        return self._shape(32 if few else 64, *((2, None) if few or self.T < 128 else (4, 152)))
+
+    def backward_shape(self) -> tuple[int, dict[str, Any]]:
+        """Return the groups of channels, and their flags, of the kernel that walks twice."""
+        # Registers for 12 warps: a few values are spilled, which costs less than 10 warps that wait for memory.
+        return self._shape(32, 2, 168)
+
+    def _shape(self, BD: int, U: int, registers: int | None) -> tuple[int, dict[str, Any]]:
+        even = not self.flags["HAS_LENGTHS"] and self.length % self.T == 0 and self.width % BD == 0
+        flags = {**self.flags, "EVEN": even, "BD": BD, "U": U}
+        if registers is not None and self.u.element_size() == 2 and self.N == 16:
+            flags["maxnreg"] = registers
+        return triton.cdiv(self.width, BD), flags
+
+    def sizes(self, groups: int) -> tuple[int, ...]:
+        """Return what every walk is told of the problem."""
+        return 1, self.width, self.length, self.tiles, groups
 
     def to_states(self, x_BEN: Tensor) -> Tensor:
         """Return a state of the caller as the kernels hold it, (B, N, E)."""
@@ -122,9 +138,10 @@ class Scan:
         """Return what enters each tile and what leaves the last one, for the state or its adjoint."""
         edge = torch.empty(self.batch, self.tiles, self.N, self.width, device=x.device)
         decay = torch.empty(self.batch, self.tiles, self.width, device=x.device)
-        selective_scan_walks.edges[(self.tiles * self.groups, self.batch)](
-            x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay, *self.sizes,
-            *x.stride(), *self.dt.stride(), *_strides(self.z), ADJOINT=adjoint, **self.flags,
+        groups, flags = self.forward_shape()
+        selective_scan_walks.edges[(self.tiles * groups, self.batch)](
+            x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay, *self.sizes(groups),
+            *x.stride(), *self.dt.stride(), *_strides(self.z), ADJOINT=adjoint, **flags,
         )  # fmt: skip
         entering, last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
         # Many tiles at once hide the latency of a long chain; a short one would only pay for what it lacks.
@@ -137,10 +154,11 @@ class Scan:
 
     def forward(self, entering: Tensor, y: Tensor, add: bool = False) -> None:
         """Write the result, or add it to what is there."""
-        selective_scan_walks.forward[(self.tiles * self.groups, self.batch)](
-            self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, y, *self.sizes,
+        groups, flags = self.forward_shape()
+        selective_scan_walks.forward[(self.tiles * groups, self.batch)](
+            self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, y, *self.sizes(groups),
             *self.u.stride(), *self.dt.stride(), *_strides(self.z), *y.stride(), HAS_D=self.D is not None, ADD=add,
-            **self.flags,
+            **flags,
         )  # fmt: skip
 
     def backward(
@@ -155,6 +173,7 @@ class Scan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Write the gradients of u, dt and z (added to what is there where `add`); return those of A, B, C, D, bias."""
         batch, length, width, N = self.batch, self.length, self.width, self.N
+        groups, flags = self.backward_shape()
         device = dy.device
         dA_parts = torch.empty_like(entering)
         dD_parts, dbias_parts = (
@@ -163,19 +182,20 @@ class Scan:
         dB_BLN, dC_BLN = torch.empty(2, batch, length, N, device=device)
         # 16 bit inputs don't deserve 32 bit parts.
         dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
-        a_tile = self.T * batch * (4 * width + 2 * self.groups * N * dtype.itemsize)
-        tiles = max(1, min(self.tiles, _PIECE_BYTES // a_tile))
+        a_tile = self.T * batch * (4 * width + 2 * groups * N * dtype.itemsize)
+        # Pieces of one size: the GPU runs out of work at the end of each.
+        tiles = triton.cdiv(self.tiles, triton.cdiv(self.tiles * a_tile, _PIECE_BYTES))
         piece = tiles * self.T
         partial = torch.empty(batch, piece, width, device=device)
-        parts = torch.empty(2, batch, self.groups, piece, N, dtype=dtype, device=device)
+        parts = torch.empty(2, batch, groups, piece, N, dtype=dtype, device=device)
         strides = [s for x in (self.u, self.dt, self.z, dy, du, ddt, dz) for s in _strides(x)]
         for first in range(0, self.tiles, tiles):
             count = min(tiles, self.tiles - first)
-            selective_scan_walks.backward[(count * self.groups, batch)](
+            selective_scan_walks.backward[(count * groups, batch)](
                 self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, adjoint, dy, du, ddt, dz,
-                partial, dA_parts, parts[0], parts[1], dD_parts, dbias_parts, first, piece, *self.sizes, *strides,
-                HAS_D=self.D is not None, ADD=add,
-                PRECISION="bf16" if dtype == torch.bfloat16 and not triton_interpreted() else "tf32x3", **self.flags,
+                partial, dA_parts, parts[0], parts[1], dD_parts, dbias_parts, first, piece, *self.sizes(groups),
+                *strides, HAS_D=self.D is not None, ADD=add,
+                PRECISION="bf16" if dtype == torch.bfloat16 and not triton_interpreted() else "tf32x3", **flags,
             )  # fmt: skip
             here = slice(first * self.T, min(length, (first + count) * self.T))
             taken = parts[..., : here.stop - here.start, :]

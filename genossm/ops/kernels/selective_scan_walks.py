@@ -3,8 +3,8 @@
 The sequence is cut into tiles. Forward: (1) each tile is scanned from a zero state; (2) a scan over tiles, on what
 these leave behind, gives the state that enters each; (3) each tile is scanned from there. Backward needs the inputs
 and the entering states: (1) and (2) again for the adjoint state, which runs the other way, then a walk through each
-tile from its end, on adjoints alone, and one from its start, on states alone. A warp walks 64
-neighbouring channels, contiguous in memory, through its tile; all states of a channel stay in one thread's registers.
+tile from its end, on adjoints alone, and one from its start, on states alone. A warp walks 32 or 64 neighbouring
+channels, contiguous in memory, through its tile; all states of a channel stay in one thread's registers.
 
 With a[t] = exp(dt[t] A) and b[t] = dt[t] u[t] B[t]: h[t] = a[t] h[t-1] + b[t]; its adjoint g[t] = dy[t] C[t] +
 a[t+1] g[t+1]. What passes from tile to tile is h at the tile's last position and a g at its first one (mirrored where
@@ -13,7 +13,8 @@ q[t+1] = q[t] + g[t] b[t] - dy[t] C[t] h[t], so that each walk adds its own part
 tile, where both factors are known.
 
 Nothing is summed by atomics: sums over channels and tiles are written in parts and added in a fixed order, so that
-results repeat bit by bit. Sums over a warp's channels are products with ones, which a GPU does in its matrix units.
+results repeat bit by bit. Sums over a warp's channels are products with zeros and ones, which a GPU does in its matrix
+units without moving what is summed, and a few shuffles.
 """
 
 import triton
@@ -60,8 +61,8 @@ def _several(rows, i, start, ends, step, BACK: tl.constexpr, EVEN: tl.constexpr,
 def _by_state(x, channel, inside, E, N: tl.constexpr, BD: tl.constexpr):
     """Load [states, channels]; state by state, so that all states of a channel come to one thread."""
     values = tl.zeros([N, BD], tl.float32)
-    for n in range(N):
-        values += tl.where(tl.arange(0, N)[:, None] == n, tl.load(x + n * E + channel, inside, 0.0)[None, :], 0.0)
+    for n in tl.static_range(N):
+        values = tl.where(tl.arange(0, N)[:, None] == n, tl.load(x + n * E + channel, inside, 0.0)[None, :], values)
     return values
 
 
@@ -86,16 +87,35 @@ def _keep(drop, at, L, t, HAS_DROP: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(x, at, L, p, parts, N: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """Store the sums over channels of x [N, BD] for position p; of 16 equal rows of a product one."""
-    x = tl.trans(x)
+def _chosen(odd, PRECISION: tl.constexpr):
+    """Return [32, 16], one where a row's state (of 8) is a column's: 8 at an even position, then 8 at an odd one."""
+    k = tl.arange(0, 32)
+    chosen = tl.where((k // 8 * 2 + k % 2 + 8 * odd)[:, None] == tl.arange(0, 16)[None, :], 1.0, 0.0)
+    return chosen.to(tl.bfloat16) if PRECISION == "bf16" else chosen
+
+
+# Rows are groups of 4 channels, columns are 8 states of such 4: as 16 bit numbers they lie where the matrix units want
+# them, pairs of states in a register and the 4 channels in neighbouring threads, so that nothing is exchanged.
+@triton.jit
+def _add_sums(sums, x, chosen, N: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+    """Add x [N, BD], summed over 4 neighbouring channels each, to the columns of sums that are chosen."""
+    x = tl.permute(tl.reshape(x, [N // 8, 4, 2, BD // 4, 4]), [0, 3, 1, 4, 2])
+    x = tl.reshape(x, [N * BD // 32, 32])
     if PRECISION == "bf16":
-        sums = tl.dot(tl.full([16, BD], 1.0, tl.bfloat16), x.to(tl.bfloat16))
+        sums = tl.dot(x.to(tl.bfloat16), chosen, sums)
     else:
-        sums = tl.dot(tl.full([16, BD], 1.0, tl.float32), x, input_precision=PRECISION)
-    rows = tl.arange(0, 16)[:, None] + tl.zeros([1, N], tl.int32)
-    to = parts + at + tl.arange(0, N)[None, :] + rows * 0
-    tl.store(to, sums.to(parts.dtype.element_ty), p < tl.where(rows == 0, L, 0))
+        sums = tl.dot(x, chosen, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _store_sums(sums, to, p, L, N: tl.constexpr, BD: tl.constexpr, BACK: tl.constexpr):
+    """Store what was added, summed over channels: for position p, which `to` belongs to, and the next of the walk."""
+    sums = tl.sum(tl.reshape(sums, [N // 8, BD // 4, 16]), 1)
+    column = tl.arange(0, 16)[None, :]
+    ahead = -(column // 8) if BACK else column // 8
+    at = ahead * N + column % 8 + tl.arange(0, N // 8)[:, None] * 8
+    tl.store(to + at, sums.to(to.dtype.element_ty), p + ahead + at * 0 < L)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -236,7 +256,10 @@ def backward(
     HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
     BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk each tile from its end with adjoints, then from its start with states; dz is added to where ADD."""
+    """Walk each tile from its end with adjoints, then from its start with states; dz is added to where ADD.
+
+    Registers leave room for few warps, which hide little: each walk loads what it needs next before it needs it.
+    """
     row, tile, channel, inside, start, ends, lasts = _place(lengths, E, L, groups, first_tile, one, HAS_LENGTHS, BD, T)
     wide = channel.to(tl.int64)
     rate_bias = tl.load(bias + channel, inside, 0.0) if HAS_BIAS else 0.0
@@ -247,10 +270,13 @@ def backward(
     dy_at = dy + row * dy_b + start * dy_l + wide * dy_e
     at = (row * tiles * T + start) * N
     B_at, C_at = B + at, C + at
+    n = tl.arange(0, N)
     # Within the piece: what this kernel keeps for itself, and parts, which lie as (row, group, position, state).
     inner = (tile - first_tile) * T
     partial_at = partial + (row * piece + inner) * E + wide
     parts_at = ((row * groups + tl.program_id(0) % groups) * piece + inner) * N
+    even, odd = _chosen(0, PRECISION), _chosen(1, PRECISION)
+    nothing = tl.zeros([N * BD // 32, 16], tl.float32)
     rates = _by_state(A, channel, inside, E, N, BD)
     passed = _by_state(adjoint + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
     d_A = tl.zeros([N, BD], tl.float32)
@@ -260,13 +286,25 @@ def backward(
     rest = tl.zeros([BD], tl.float32)
     fed = tl.zeros([BD], tl.float32)
     BACK: tl.constexpr = REVERSE == _FALSE
+    next_raw = _several(dt_at, 0, start, ends, dt_l, BACK, EVEN, T, U)
+    next_inputs = _several(u_at, 0, start, ends, u_l, BACK, EVEN, T, U)
+    next_grads = _several(dy_at, 0, start, ends, dy_l, BACK, EVEN, T, U)
+    next_gates = _several(z_at, 0, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else next_inputs
+    t_first = T - 1 if BACK else 0
+    next_B, next_C = tl.load(B_at + t_first * N + n), tl.load(C_at + t_first * N + n)
     for i in range(0, T, U):
-        raw = _several(dt_at, i, start, ends, dt_l, BACK, EVEN, T, U)
-        inputs = _several(u_at, i, start, ends, u_l, BACK, EVEN, T, U)
-        grads = _several(dy_at, i, start, ends, dy_l, BACK, EVEN, T, U)
-        gates = _several(z_at, i, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else inputs
+        raw, inputs, grads, gates = next_raw, next_inputs, next_grads, next_gates
+        ahead = tl.minimum(i + U, T - U)
+        next_raw = _several(dt_at, ahead, start, ends, dt_l, BACK, EVEN, T, U)
+        next_inputs = _several(u_at, ahead, start, ends, u_l, BACK, EVEN, T, U)
+        next_grads = _several(dy_at, ahead, start, ends, dy_l, BACK, EVEN, T, U)
+        next_gates = _several(z_at, ahead, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else next_inputs
+        sums = nothing
         for k in tl.static_range(U):
             t = T - 1 - i - k if BACK else i + k
+            B_here, C_here = next_B, next_C
+            t_next = tl.maximum(t - 1, 0) if BACK else tl.minimum(t + 1, T - 1)
+            next_B, next_C = tl.load(B_at + t_next * N + n), tl.load(C_at + t_next * N + n)
             step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
             value = step * inputs[k]
             grad = grads[k] * gates[k] * sigmoid(gates[k]) if HAS_Z else grads[k]
@@ -274,12 +312,17 @@ def backward(
             weight = rest * value
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
-            g = grad[None, :] * tl.load(C_at + t * N + tl.arange(0, N))[:, None] + passed
-            read = g * tl.load(B_at + t * N + tl.arange(0, N))[:, None]
+            g = grad[None, :] * C_here[:, None] + passed
+            read = g * B_here[:, None]
             passed = a * g
             d_A += weight[None, :] * read
             d_value = tl.sum(read, 0)
-            _store_sums(g * value[None, :], parts_at + t * N, L, start + t, dB_parts, N, BD, PRECISION)
+            if k % 2 == 0:
+                sums = _add_sums(nothing, g * value[None, :], even, N, BD, PRECISION)
+            else:
+                sums = _add_sums(sums, g * value[None, :], odd, N, BD, PRECISION)
+                before = t + 1 if BACK else t - 1
+                _store_sums(sums, dB_parts + parts_at + before * N, start + before, L, N, BD, BACK)
             stored = start + t < lasts
             fed += value * tl.sum(rates * read, 0)
             rest += step
@@ -292,16 +335,31 @@ def backward(
     q = passed * states
     decayed = fed + tl.sum(rates * q, 0)
     d_A += rest[None, :] * q
+    dz_at = dz + row * dz_b + start * dz_l + wide * dz_e if HAS_Z else partial_at
+    next_raw = _several(dt_at, 0, start, ends, dt_l, REVERSE, EVEN, T, U)
+    next_inputs = _several(u_at, 0, start, ends, u_l, REVERSE, EVEN, T, U)
+    next_grads = _several(dy_at, 0, start, ends, dy_l, REVERSE, EVEN, T, U)
+    next_partials = _several(partial_at, 0, start, lasts, E, REVERSE, EVEN, T, U)
+    next_gates = _several(z_at, 0, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_inputs
+    next_others = _several(dz_at, 0, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else next_inputs
+    t_first = T - 1 if REVERSE else 0
+    next_B, next_C = tl.load(B_at + t_first * N + n), tl.load(C_at + t_first * N + n)
     for i in range(0, T, U):
-        raw = _several(dt_at, i, start, ends, dt_l, REVERSE, EVEN, T, U)
-        inputs = _several(u_at, i, start, ends, u_l, REVERSE, EVEN, T, U)
-        grads = _several(dy_at, i, start, ends, dy_l, REVERSE, EVEN, T, U)
-        partials = _several(partial_at, i, start, lasts, E, REVERSE, EVEN, T, U)
-        gates = _several(z_at, i, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else inputs
-        dz_at = dz + row * dz_b + start * dz_l + wide * dz_e if HAS_Z else partial_at
-        others = _several(dz_at, i, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else inputs
+        raw, inputs, grads, gates = next_raw, next_inputs, next_grads, next_gates
+        partials, others = next_partials, next_others
+        ahead = tl.minimum(i + U, T - U)
+        next_raw = _several(dt_at, ahead, start, ends, dt_l, REVERSE, EVEN, T, U)
+        next_inputs = _several(u_at, ahead, start, ends, u_l, REVERSE, EVEN, T, U)
+        next_grads = _several(dy_at, ahead, start, ends, dy_l, REVERSE, EVEN, T, U)
+        next_partials = _several(partial_at, ahead, start, lasts, E, REVERSE, EVEN, T, U)
+        next_gates = _several(z_at, ahead, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_inputs
+        next_others = _several(dz_at, ahead, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else next_inputs
+        sums = nothing
         for k in tl.static_range(U):
             t = T - 1 - i - k if REVERSE else i + k
+            B_here, C_here = next_B, next_C
+            t_next = tl.maximum(t - 1, 0) if REVERSE else tl.minimum(t + 1, T - 1)
+            next_B, next_C = tl.load(B_at + t_next * N + n), tl.load(C_at + t_next * N + n)
             step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
             value = step * inputs[k]
             s = sigmoid(gates[k])
@@ -311,11 +369,16 @@ def backward(
             weight = rest * grad
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
-            states = a * states + value[None, :] * tl.load(B_at + t * N + tl.arange(0, N))[:, None]
-            read = states * tl.load(C_at + t * N + tl.arange(0, N))[:, None]
+            states = a * states + value[None, :] * B_here[:, None]
+            read = states * C_here[:, None]
             d_A -= weight[None, :] * read
             out = skip * inputs[k] + tl.sum(read, 0)
-            _store_sums(states * grad[None, :], parts_at + t * N, L, start + t, dC_parts, N, BD, PRECISION)
+            if k % 2 == 0:
+                sums = _add_sums(nothing, states * grad[None, :], even, N, BD, PRECISION)
+            else:
+                sums = _add_sums(sums, states * grad[None, :], odd, N, BD, PRECISION)
+                before = t + 1 if REVERSE else t - 1
+                _store_sums(sums, dC_parts + parts_at + before * N, start + before, L, N, BD, REVERSE)
             stored = start + t < lasts
             d_step = partials[k] + decayed * _LN2
             decayed -= grad * tl.sum(rates * read, 0)
