@@ -67,12 +67,12 @@ def _build(name: str, work: str, length: int, device: torch.device) -> Mapping[s
     attention = partial(_attention, name, device)
 
     def infer(cached: bool = True) -> None:
-        with attention(), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, cache_enabled=cached):
+        with attention(), torch.no_grad(), _rounded(device, cached):
             model(ids_BL)
 
     def train(cached: bool = True) -> None:
         with attention():
-            with torch.autocast(device.type, torch.bfloat16, cache_enabled=cached):
+            with _rounded(device, cached):
                 loss = model(ids_BL).float().square().mean()
             loss.backward()
         model.zero_grad(set_to_none=True)
@@ -85,6 +85,11 @@ def _build(name: str, work: str, length: int, device: torch.device) -> Mapping[s
     if isinstance(model, MambaLM) and _reach_transformers(work, length, device):
         variants["transformers"] = _theirs(model, work, ids_BL)
     return variants
+
+
+def _rounded(device: torch.device, cached: bool = True) -> torch.autocast:
+    """Return bfloat16's autocast on a GPU; a CPU, whose kernels are float32's, computes in that."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=cached)
 
 
 def _plainly(run: Run) -> Run:
@@ -104,7 +109,7 @@ def _theirs(model: MambaLM, work: str, ids_BL: Tensor) -> Run:
     other = build_transformers(model).train(work == "training")
 
     def run() -> None:
-        with torch.set_grad_enabled(work == "training"), torch.autocast("cpu", torch.bfloat16):
+        with torch.set_grad_enabled(work == "training"):
             x_BLD = other.backbone(ids_BL, use_cache=False).last_hidden_state
         if work == "training":
             x_BLD.float().square().mean().backward()
