@@ -6,6 +6,7 @@ Names of backends: `reference` (the plain truth), `torch` (plain but chunked; ru
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -38,6 +39,12 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@functools.cache
+def triton_version() -> str:
+    """Return the installed Triton's version. It comes under several packages' names, so that it is asked itself."""
+    return importlib.import_module("triton").__version__
+
+
 def triton_interpreted() -> bool:
     """Tell whether Triton runs through its interpreter (`TRITON_INTERPRET=1`), so that it takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -54,8 +61,12 @@ def runs(name: str, device: torch.device) -> str | None:
     if name == "triton":
         if not installed("triton"):
             return "triton is not installed"
-        if device.type == "cuda" or (device.type == "cpu" and triton_interpreted()):
+        if device.type == "cpu" and triton_interpreted():
             return None
+        if device.type == "cuda":
+            # Kernels collect what they load in tuples, which older compilers don't know.
+            old = tuple(map(int, triton_version().split(".")[:2])) < (3, 3)
+            return f"it takes triton 3.3 or newer (with torch 2.7); this is {triton_version()}" if old else None
         return f"triton runs on CUDA; the tensors are on {device.type}"
     if name == "mamba_ssm":
         if not installed("mamba_ssm"):

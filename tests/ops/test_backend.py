@@ -44,6 +44,7 @@ def test_mamba_ssm_is_refused_where_it_is_missing(op):
 
 def test_mamba_ssm_is_chosen_for_scans_alone_and_only_if_asked_for(monkeypatch):
     monkeypatch.setattr(backend, "installed", lambda package: True)
+    monkeypatch.setattr(backend, "triton_version", lambda: "3.6.0")
     offered = ["triton", "torch", "mamba_ssm", "reference"]
     assert backend.choose("ssd", CUDA, offered).name == "triton"
     with backend.use_backend("mamba_ssm"):
@@ -51,6 +52,14 @@ def test_mamba_ssm_is_chosen_for_scans_alone_and_only_if_asked_for(monkeypatch):
         assert backend.choose("causal_conv1d", CUDA, ["triton", "torch"]).name == "triton"
         with pytest.raises(ValueError, match="mamba_ssm runs on CUDA; the tensors are on cpu"):
             backend.choose("ssd", CPU, offered)
+
+
+def test_a_triton_that_cannot_compile_the_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(backend, "installed", lambda package: True)
+    for version, refused in {"3.2.0": True, "3.3.1": False, "3.10.0+git1": False}.items():
+        monkeypatch.setattr(backend, "triton_version", lambda version=version: version)
+        reason = backend.runs("triton", CUDA)
+        assert (reason is not None and version in reason) if refused else reason is None
 
 
 def test_an_unknown_backend_is_refused():
