@@ -200,7 +200,11 @@ class _Fold(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
-        return (node.body if node.test.value else node.orelse) if isinstance(node.test, ast.Constant) else node
+        if isinstance(node.test, ast.Constant):
+            return node.body if node.test.value else node.orelse
+        # A branch in which nothing but the choice of a backend stood is empty now.
+        node.body = node.body or [ast.Pass()]
+        return node if node.orelse or not isinstance(node.body[0], ast.Pass) else None
 
     def visit_IfExp(self, node: ast.IfExp) -> Any:
         self.generic_visit(node)

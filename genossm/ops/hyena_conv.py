@@ -116,13 +116,13 @@ def hyena_conv(
     if isinstance(u_BLC, Projection):
         x_BLD = u_BLC.x_BLD
         best = choose("hyena_conv", x_BLD.device, ["triton", "numba", "torch", "reference"]).name
-        if best != "triton" or not isinstance(k_DL, ImplicitFilter) or x_BLD.dtype == torch.float64:
-            return hyena_conv(u_BLC.made(), w_CW, bias_C, k_DL, skip_D)
-        _check(x_BLD.shape[:2], u_BLC.w_CD.shape[0], w_CW, bias_C, k_DL, skip_D)
-        check_shapes(w_CD=(u_BLC.w_CD, (len(bias_C), x_BLD.shape[2])), bias_C=(u_BLC.bias_C, (len(bias_C),)))
-        kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
-        size = gpu_size(2 * x_BLD.shape[1] - 1)
-        return kernels.ImplicitHyenaConv.apply(*u_BLC, w_CW, bias_C, skip_D, *k_DL, size, torch.is_grad_enabled())
+        if best == "triton" and isinstance(k_DL, ImplicitFilter) and x_BLD.dtype != torch.float64:
+            _check(x_BLD.shape[:2], u_BLC.w_CD.shape[0], w_CW, bias_C, k_DL, skip_D)
+            check_shapes(w_CD=(u_BLC.w_CD, (len(bias_C), x_BLD.shape[2])), bias_C=(u_BLC.bias_C, (len(bias_C),)))
+            kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
+            size = gpu_size(2 * x_BLD.shape[1] - 1)
+            return kernels.ImplicitHyenaConv.apply(*u_BLC, w_CW, bias_C, skip_D, *k_DL, size, torch.is_grad_enabled())
+        return hyena_conv(u_BLC.made(), w_CW, bias_C, k_DL, skip_D)
     _check(u_BLC.shape[:2], u_BLC.shape[2], w_CW, bias_C, k_DL, skip_D)
     if isinstance(k_DL, Tensor) and k_DL.is_complex():
         return _hyena_conv_kept(u_BLC, w_CW, bias_C, k_DL, skip_D)
