@@ -12,7 +12,7 @@ from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import selective_scan_torch, selective_scan_walks
 from genossm.ops.rows import dropped_states
 
-_PIECE_BYTES = 1 << 29
+_PIECE_BYTES = 1 << 27
 """Memory of what the last kernel writes for the next: longer sequences go through it in pieces."""
 
 
