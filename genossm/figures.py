@@ -40,6 +40,7 @@ def loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, float]
     # The names of the lines stand to the right of the axes.
     figure.set_layout_engine("none")
     axes.set_position((0.09, 0.12, 0.75, 0.84))
+    highest = 2.1
     for name, label, style in (
         ("train/bits", "training", {"alpha": 0.5, "lw": 1}),
         ("val/bits", "validation", {"marker": "o"}),
@@ -47,10 +48,12 @@ def loss(rows: Mapping[int, Mapping[str, float]], baselines: Mapping[str, float]
         points = [(step, row[name]) for step, row in sorted(rows.items()) if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
+            # A line that stays above is shown too.
+            highest = max(highest, 1.1 * min(bits for _, bits in points))
     for bits in baselines.values():
         axes.axhline(bits, color="0.7", lw=0.8, zorder=0)
     axes.set(xlabel="step", ylabel="bits per base")
-    bottom, top = axes.set_ylim(top=min(2.1, axes.get_ylim()[1]))
+    bottom, top = axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
     place, height = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": True}, top
     # From above down, so far apart that they can be read where lines are close.
     for name, bits in sorted(baselines.items(), key=lambda item: -item[1]):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from genossm import tables
+from genossm import figures, tables
 from genossm.plot import plot
 
 RNG = np.random.default_rng(0)
@@ -88,3 +88,15 @@ def test_umap_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("genossm.ops.backend.installed", lambda name: name != "umap")
     with pytest.raises(ValueError, match=r"genossm\[umap\]"):
         plot(table_of("embedding", tmp_path), out=tmp_path / "g.png", method="umap")
+
+
+def test_a_run_that_stays_above_two_bits_is_drawn_too():
+    rows = {
+        9: {"train/bits": 3.06},
+        19: {"train/bits": 2.69, "val/bits": 2.66},
+        29: {"train/bits": 2.5, "val/bits": 2.43},
+    }
+    (axes,) = figures.loss(rows, {}).axes
+    bottom, top = axes.get_ylim()
+    assert bottom < 2.43
+    assert top > 2.66
