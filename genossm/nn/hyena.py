@@ -24,6 +24,8 @@ _POSITIONS = 1 << 12
 """Positions that the filters' network takes at once where no gradient is needed: its layers stay in cache."""
 _KEPT_BYTES = 1 << 29
 """Bytes of transformed filters that a process keeps, of all models together."""
+_HALF_LENGTH = 1 << 12
+"""Tokens from which float16 holds the convolutions' results as fractions of them."""
 _keeping: "weakref.WeakSet[HyenaFilter]" = weakref.WeakSet()
 _DECAY_TARGET = 1e-2
 _FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
@@ -221,6 +223,10 @@ class HyenaFilter(nn.Module):
         return sine_network(z_EL, freq_F, [layer.weight for layer in linears], [layer.bias for layer in linears])
 
 
+def _scaled(skip_C: Tensor, scale: float) -> Tensor:
+    return skip_C if scale == 1 else skip_C * scale
+
+
 class HyenaOperator(nn.Module):
     """Order-O Hyena: projections, a short convolution, then O - 1 gated long convolutions.
 
@@ -266,22 +272,40 @@ class HyenaOperator(nn.Module):
                 f"The input has {length} tokens, the Hyena filter l_max={self.l_max}; shorten the input or build the"
                 " model with a larger max_length."
             )
+        scale = self._scale(x_BLD)
+        # What the filters take off the values, the last product gives back, in float32 and by powers of two: exactly.
+        weight_DD = self.out_proj.weight if scale == 1 else self.out_proj.weight * scale ** (1 - self.order)
         plain = self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training)
         if plain and length >= _LONG.get(x_BLD.device.type, length + 1) and not torch.is_grad_enabled():
-            return from_time(self._mix_groups(x_BLD), self.out_proj.weight, self.out_proj.bias)
+            return from_time(self._mix_groups(x_BLD, scale), weight_DD, self.out_proj.bias)
         if plain:
             y_BLD = hyena_conv(
                 Projection(x_BLD, self.in_proj.weight, self.in_proj.bias),
                 self.short_filter.weight[:, 0],
                 self.short_bias,
-                self.filter_fn.implicit(length),
-                self.filter_fn.skip,
+                self.filter_fn.implicit(length).scaled(scale),
+                _scaled(self.filter_fn.skip, scale),
             )
         else:
-            y_BLD = self._mix(cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias)), mask_BL)
-        return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), self.out_proj.weight, self.out_proj.bias))
+            u_BCL = cast(Tensor, ToTime.apply(x_BLD, self.in_proj.weight, self.in_proj.bias))
+            y_BLD = self._mix(u_BCL, mask_BL, scale)
+        return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), weight_DD, self.out_proj.bias))
 
-    def _mix_groups(self, x_BLD: Tensor) -> Tensor:
+    def _scale(self, x_BLD: Tensor) -> float:
+        """Return what each long convolution is multiplied by where float16 holds its result; else 1.
+
+        A sum over so many positions soon exceeds 65,504, the largest float16: at a million it has passed ten thousand
+        before the first step, since the filters stretch with the context and do not become smaller.
+        """
+        device, length = x_BLD.device.type, x_BLD.shape[1]
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BLD.dtype
+        if dtype != torch.float16 or length <= _HALF_LENGTH:
+            return 1.0
+        bits = ((length - 1) // _HALF_LENGTH).bit_length()
+        # What is given back at once must leave the weights in that range, too.
+        return 0.5 ** min(bits, 16 // (self.order - 1))
+
+    def _mix_groups(self, x_BLD: Tensor, scale: float) -> Tensor:
         """Mix a long input with no gradient, up to the output projection, time contiguous.
 
         Projections and filters are made for a few channels at a time.
@@ -291,8 +315,9 @@ class HyenaOperator(nn.Module):
         short_3DW = self.short_filter.weight[:, 0].unflatten(0, (3, width))
         short_bias_3D = self.short_bias.unflatten(0, (3, width))
         on_cpu = x_BLD.device.type == "cpu" and x_BLD.dtype == torch.float32 and not torch.compiler.is_compiling()
-        k_DF = self.filter_fn.spectrum(length) if on_cpu else None
-        filters = self.filter_fn.implicit(length) if k_DF is None else None
+        k_DF = self.filter_fn.spectrum(length) if on_cpu and scale == 1 else None
+        filters = self.filter_fn.implicit(length).scaled(scale) if k_DF is None else None
+        skip_D = _scaled(self.filter_fn.skip, scale)
         y_BDL: Tensor | None = None
         several = _CHANNELS[x_BLD.device.type]
         if x_BLD.device.type == "cpu":
@@ -302,14 +327,14 @@ class HyenaOperator(nn.Module):
             given = Projection(x_BLD, w_3DD[:, rows].flatten(0, 1), bias_3D[:, rows].flatten())
             short = short_3DW[:, rows].flatten(0, 1), short_bias_3D[:, rows].flatten()
             k_G = filters.part(rows) if filters is not None else cast(Tensor, k_DF)[rows]
-            y_BLG = hyena_conv(given, *short, k_G, self.filter_fn.skip[rows])
+            y_BLG = hyena_conv(given, *short, k_G, skip_D[rows])
             if y_BDL is None:
                 y_BDL = y_BLG.new_empty(batch, width, length)
             y_BDL[:, rows] = y_BLG.transpose(1, 2)
         assert y_BDL is not None
         return y_BDL
 
-    def _mix(self, u_BCL: Tensor, mask_BL: Tensor | None) -> Tensor:
+    def _mix(self, u_BCL: Tensor, mask_BL: Tensor | None, scale: float) -> Tensor:
         """Mix along time for any order and direction, gate by gate."""
         length = u_BCL.shape[-1]
         if mask_BL is not None:
@@ -318,10 +343,11 @@ class HyenaOperator(nn.Module):
         if mask_BL is not None:
             u_BCL = u_BCL * mask_BL[:, None]
         *gates, v_BLD = u_BCL.transpose(1, 2).split(self.d_model, dim=-1)
-        k_OCL = self.filter_fn(length).unflatten(0, (self.order - 1, self.d_model))
-        skip_OD = self.filter_fn.skip.unflatten(0, (self.order - 1, self.d_model))
+        shape = (self.order - 1, self.d_model)
+        k_OCL = self.filter_fn.implicit(length).scaled(scale).taps().unflatten(0, shape)
+        skip_OD = _scaled(self.filter_fn.skip, scale).unflatten(0, shape)
         reverse = self.filter_reverse_fn
-        r_OCL = None if reverse is None else reverse(length).unflatten(0, (self.order - 1, self.d_model))
+        r_OCL = None if reverse is None else reverse.implicit(length).scaled(scale).taps().unflatten(0, shape)
         for o, gate_BLD in enumerate(reversed(gates[1:])):
             if self.dropout.p > 0 and self.training:
                 gate_BLD = self.dropout(gate_BLD)

@@ -46,6 +46,10 @@ class ImplicitFilter(NamedTuple):
         """Return the filters of some channels."""
         return self._replace(w_DF=self.w_DF[rows], decay_D=self.decay_D[rows])
 
+    def scaled(self, scale: float) -> "ImplicitFilter":
+        """Return the filters times a number."""
+        return self if scale == 1 else self._replace(w_DF=self.w_DF * scale)
+
     def taps(self) -> Tensor:
         """Return the taps k_DL."""
         with torch.autocast(self.h_FL.device.type, enabled=False), products("highest"):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from genossm.models.hyenadna import HyenaDNAConfig
-from genossm.nn.hyena import _keeping
+from genossm.nn.hyena import HyenaOperator, _keeping
+from genossm.testing import assert_close
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -98,3 +99,34 @@ def test_what_is_saved_with_the_weights_can_be_read_safely(tmp_path):
     model = HyenaDNAConfig(d_model=8, n_layer=1, max_length=32).build()
     torch.save(model.state_dict(), tmp_path / "model.pt")
     assert torch.load(tmp_path / "model.pt", weights_only=True).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"order": 3}])
+def test_float16_holds_convolutions_that_leave_its_range(options):
+    torch.manual_seed(0)
+    length, order = 1 << 15, options.get("order", 2)
+    operator = HyenaOperator(4, length, **options)
+    with torch.no_grad():
+        # Filters of one sign and inputs far from zero add up over the whole length.
+        operator.in_proj.bias.fill_(20 if order == 2 else 2.5)
+        operator.out_proj.weight *= 0.02 if order == 2 else 1e-3
+        operator.filter_fn.implicit_filter[-1].weight.abs_()
+        for layer in operator.filter_fn.implicit_filter[:-1:2]:
+            layer.bias.fill_(0.15)
+    x_BLD = torch.randn(1, length, 4, requires_grad=True)
+    inputs, weight_BLD = [x_BLD, *operator.parameters()], torch.randn(1, length, 4) / 1024
+    wants = operator(x_BLD)
+    gradients = torch.autograd.grad(wants, inputs, weight_BLD)
+    with torch.autocast("cpu", torch.float16):
+        got = operator(x_BLD)
+        with torch.no_grad():
+            # The second time filters that were kept would be taken.
+            alone = [operator(x_BLD) for _ in range(2)]
+    assert got.dtype == torch.float16
+    assert wants.abs().max() < 1e4
+    assert_close(got, wants)
+    for result in alone:
+        assert_close(result, wants)
+    for one, other in zip(torch.autograd.grad(got, inputs, weight_BLD.half()), gradients, strict=True):
+        assert one.isfinite().all()
+        assert (one - other).abs().max() <= 0.02 * other.abs().max()
