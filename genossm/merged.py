@@ -170,6 +170,10 @@ class _Fold(ast.NodeTransformer):
             return ast.Attribute(ast.Name("_KERNELS", ast.Load()), node.attr, node.ctx)
         return self.generic_visit(node)
 
+    def visit_Call(self, node: ast.Call) -> Any:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return ast.Constant(_BACKEND) if name == "beside_triton" else self.generic_visit(node)
+
     def visit_Assign(self, node: ast.Assign) -> Any:
         self.generic_visit(node)
         if (

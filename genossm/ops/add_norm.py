@@ -45,10 +45,7 @@ def add_norm(
     Returns:
         The sum in the dtype of x, and its norm: under autocast on a GPU in the dtype that the next product takes.
     """
-    if x_BLD.dtype == torch.float64 or (x_BLD.device.type != "cuda" and not backend.triton_interpreted()):
-        return _plain(x_BLD, y_BLD, weight_D, bias_D, eps, rms)
-    chosen = backend.choose("add_norm", x_BLD.device, ["triton", "numba", "torch", "reference"]).name
-    if chosen == "triton":
+    if backend.beside_triton("add_norm", x_BLD) == "triton":
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BLD.dtype
         kernels = importlib.import_module("genossm.ops.kernels.add_norm_triton")
         return kernels.AddNorm.apply(x_BLD, y_BLD, weight_D, bias_D, eps, rms, dtype)

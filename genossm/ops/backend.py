@@ -86,6 +86,18 @@ def choose(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
     return choice
 
 
+def beside_triton(op: str, x: torch.Tensor) -> str:
+    """Return the name of the backend of an op that has a Triton kernel beside plain torch.
+
+    The kernel takes what a GPU holds (or its interpreter, where that is on), in less than double precision, and is not
+    seen by torch.compile.
+    """
+    on_gpu = x.device.type == "cuda" or triton_interpreted()
+    if not on_gpu or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return "torch"
+    return choose(op, x.device, ("triton", "numba", "torch", "reference")).name
+
+
 def explain(op: str, device: torch.device, offered: Sequence[str]) -> Choice:
     """Tell which backend of an op runs on a kind of device, and why.
 

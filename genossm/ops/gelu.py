@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from genossm.ops.backend import choose, triton_interpreted
+from genossm.ops.backend import beside_triton, choose
 from genossm.ops.kernels.threads_numba import array, run_shared, threads_for
 
 _LEAST = 1 << 14
@@ -54,12 +54,11 @@ def gelu_backward(
         GELU(h) and the gradient of h, which may stand where h and d stood; and the sum of the latter over M, the
         gradient of the layer's bias.
     """
-    if h_MF.dtype != torch.float64 and (h_MF.device.type == "cuda" or triton_interpreted()):
-        chosen = choose("gelu", h_MF.device, ("triton", "numba", "torch", "reference")).name
-        if chosen == "triton":
-            return importlib.import_module("genossm.ops.kernels.gelu_triton").backward(h_MF, d_MF)
-        if chosen == "reference":
-            return gelu_backward_ref(h_MF, d_MF)
+    chosen = beside_triton("gelu", h_MF)
+    if chosen == "triton":
+        return importlib.import_module("genossm.ops.kernels.gelu_triton").backward(h_MF, d_MF)
+    if chosen == "reference":
+        return gelu_backward_ref(h_MF, d_MF)
     dh_MF = torch.ops.aten.gelu_backward(d_MF, h_MF, approximate="tanh")
     return F.gelu(h_MF, approximate="tanh"), dh_MF, dh_MF.sum(0)
 

@@ -37,9 +37,6 @@ def rotate(
     """
     half = (x_BLHP.shape[1], x_BLHP.shape[3] // 2)
     check_shapes(cos_LP=(cos_LP, half), sin_LP=(sin_LP, half))
-    on_gpu = x_BLHP.device.type == "cuda" or backend.triton_interpreted()
-    if on_gpu and x_BLHP.dtype != torch.float64 and not torch.compiler.is_compiling():
-        chosen = backend.choose("rotary", x_BLHP.device, ["triton", "numba", "torch", "reference"]).name
-        if chosen == "triton":
-            return importlib.import_module("genossm.ops.kernels.rotary_triton").Rotate.apply(x_BLHP, cos_LP, sin_LP)
+    if backend.beside_triton("rotary", x_BLHP) == "triton":
+        return importlib.import_module("genossm.ops.kernels.rotary_triton").Rotate.apply(x_BLHP, cos_LP, sin_LP)
     return rotate_ref(x_BLHP, cos_LP, sin_LP)

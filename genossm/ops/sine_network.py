@@ -60,14 +60,11 @@ def sine_network(
         **{f"biases[{i}]": (bias_F, (width,)) for i, bias_F in enumerate(biases)},
     )
     fits = width <= _MOST_WIDTH and {t.dtype for t in (z_EL, freq_F, *weights, *biases)} == {torch.float32}
-    on_gpu = z_EL.device.type == "cuda" or backend.triton_interpreted()
-    if on_gpu and fits and not torch.compiler.is_compiling():
-        chosen = backend.choose("sine_network", z_EL.device, ["triton", "numba", "torch", "reference"]).name
-        if chosen == "triton":
-            kernels = importlib.import_module("genossm.ops.kernels.sine_network_triton")
-            return kernels.SineNetwork.apply(z_EL, freq_F, len(weights), *weights, *biases)
-        if chosen == "reference":
-            return sine_network_ref(z_EL, freq_F, weights, biases)
+    if fits and backend.beside_triton("sine_network", z_EL) == "triton":
+        kernels = importlib.import_module("genossm.ops.kernels.sine_network_triton")
+        return kernels.SineNetwork.apply(z_EL, freq_F, len(weights), *weights, *biases)
+    if fits and backend.beside_triton("sine_network", z_EL) == "reference":
+        return sine_network_ref(z_EL, freq_F, weights, biases)
     h_FL = z_EL
     for weight, bias_F in zip(weights, biases, strict=True):
         h_FL = torch.sin(freq_F[:, None] * torch.addmm(bias_F[:, None], weight, h_FL))
