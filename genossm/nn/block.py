@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genossm.nn.norm import added
+from genossm.ops import kept
 
 _PIECE = {"cpu": 1 << 10, "cuda": 1 << 16}
 """Positions that an MLP takes at once where no gradient is needed, by kind of device."""
@@ -57,4 +58,7 @@ class Block(nn.Module):
                 piece_BLD += self.dropout2(self.mlp(added(self.norm2, piece_BLD, None)[1]))
             return x_BLD
         x_BLD, normed_BLD = added(self.norm2, x_BLD, y_BLD)
-        return x_BLD + self.dropout2(self.mlp(normed_BLD))
+        # Dropout keeps which values it drops, and neither it nor the sum any value.
+        with kept.last_step():
+            y_BLD = self.mlp(normed_BLD)
+        return x_BLD + self.dropout2(y_BLD)

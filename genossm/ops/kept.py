@@ -5,6 +5,7 @@ time is handed out again instead.
 """
 
 import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar, Token
 
 from torch import Tensor
@@ -14,7 +15,7 @@ class Pass(contextlib.AbstractContextManager[None]):
     """A pass over a region: the first, or one that makes it again and takes in turn what the first one put there."""
 
     def __init__(self, results: list[Tensor], again: bool):
-        self.results, self.again, self.taken = results, again, 0
+        self.results, self.again, self.taken, self.ending = results, again, 0, False
         self._token: Token[Pass | None] | None = None
 
     def __enter__(self) -> None:
@@ -44,6 +45,25 @@ def remaking() -> bool:
     """Tell whether a region is made again, for its gradients alone."""
     running = _running.get()
     return running is not None and running.again
+
+
+@contextlib.contextmanager
+def last_step() -> Iterator[None]:
+    """Mark a region's last step: nothing behind it may keep anything for gradients that hangs on its result."""
+    running = _running.get()
+    if running is not None:
+        running.ending = True
+    try:
+        yield
+    finally:
+        if running is not None:
+            running.ending = False
+
+
+def unread() -> bool:
+    """Tell whether the last step of a region runs that is made again, so that nothing takes its result."""
+    running = _running.get()
+    return running is not None and running.again and running.ending
 
 
 def keep(result: Tensor) -> None:
