@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from genossm.models.caduceus import CaduceusConfig
 from genossm.models.hyenadna import HyenaDNAConfig
 from genossm.ops.add_norm import add_norm, add_norm_ref
 from genossm.ops.backend import installed, use_backend
@@ -317,6 +318,57 @@ def test_a_checkpointed_layer_convolves_once_where_the_result_is_small(monkeypat
     assert len(convolved) == 2 + times
     # A GPU adds up the embedding's gradient in any order; all else is the same bit by bit.
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
+
+
+@small
+def test_a_checkpointed_mamba_layer_mixes_once(monkeypatch):
+    mixed = []
+    kernels = importlib.import_module("genossm.ops.kernels.mamba_mix_triton")
+    mix = kernels._mixed
+    monkeypatch.setattr(kernels, "_mixed", lambda *given: (mixed.append(0), mix(*given))[1])
+    model = CaduceusConfig(d_model=4, n_layer=1, d_state=2).build().to(DEVICE)
+    ids, found = torch.randint(7, 11, (1, 5), device=DEVICE), []
+    for model.gradient_checkpointing in (False, True):
+        with use_backend("triton"):
+            model(ids).square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    assert len(mixed) == 2
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
+
+
+@small
+def test_calls_that_need_other_code_are_told_apart():
+    launching = importlib.import_module("genossm.ops.kernels.triton_launch")
+    x = torch.zeros(64, device=DEVICE)
+
+    def key(x, *numbers, **flags):
+        return launching.call_key((x, None), numbers, flags)[1]
+
+    keys = [key(x, 3), key(x[1:], 3), key(x.half(), 3), key(None, 3), key(x, 1), key(x, 3, FLAG=True), key(x, 3, N=1)]
+    assert len(set(keys)) == len(keys)
+    # An aligned view and another tensor of the kind are the same to a kernel.
+    assert key(x[4:], 3) == key(torch.ones(5, device=DEVICE), 3) == keys[0]
+
+
+@gpu
+def test_a_kernel_launched_again_meets_what_its_arguments_are_now():
+    """Pointers that lose their alignment, another stream, a graph's recording, another length."""
+    x = torch.randn(4096 + 8, 512, device=DEVICE)
+    with use_backend("triton"):
+        for first, width in 2 * ((0, 512), (1, 512), (0, 1), (3, 1), (1, 37)):
+            view = x.flatten()[first : first + 4096 * width].view(4096, width)
+            assert_close(column_sum(view), column_sum_ref(view.double()))
+        stream, graph, out = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.zeros(512, device=DEVICE)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            assert_close(column_sum(x), column_sum_ref(x.double()))
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            out.copy_(column_sum(x))
+        x.fill_(2)
+        graph.replay()
+    assert_close(out, torch.full_like(out, 2.0 * len(x)).double())
 
 
 def mixed(mix):

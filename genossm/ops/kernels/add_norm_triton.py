@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_launch import launch
+
 _PROGRAMS = 2112
 """Programs of the backward kernel, 16 for each multiprocessor of a large GPU; each adds up its rows' parts."""
 
@@ -84,8 +86,9 @@ class AddNorm(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         block, several = _shape(width)
         rows = x.numel() // width
-        _forward[(triton.cdiv(rows, several),)](
-            x, None if y is None else y.contiguous(), weight, bias, total, out, rows, width, eps, RMS=rms,
+        launch(
+            _forward, (triton.cdiv(rows, several),),
+            (x, None if y is None else y.contiguous(), weight, bias, total, out), (rows, width, eps), RMS=rms,
             HAS_Y=y is not None, HAS_BIAS=bias is not None, BD=block, R=several, num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(total, weight)
@@ -107,9 +110,10 @@ class AddNorm(torch.autograd.Function):
         block, several = _shape(width)
         programs = min(_PROGRAMS, triton.cdiv(rows, several))
         parts = torch.empty(programs, 2, width, device=total.device)
-        _backward[(programs,)](
-            total, weight, None if d_total is None else d_total.contiguous(), d_out.contiguous(), dx, dy, parts, rows,
-            width, eps, RMS=rms, HAS_TOTAL=d_total is not None, HAS_Y=dy is not None, BD=block, R=several, num_warps=1,
+        d_total = None if d_total is None else d_total.contiguous()
+        launch(
+            _backward, (programs,), (total, weight, d_total, d_out.contiguous(), dx, dy, parts), (rows, width, eps),
+            RMS=rms, HAS_TOTAL=d_total is not None, HAS_Y=dy is not None, BD=block, R=several, num_warps=1,
         )  # fmt: skip
         dw, db = parts.sum(0).to(weight.dtype)
         return dx, dy, dw, db if has_bias else None, None, None, None

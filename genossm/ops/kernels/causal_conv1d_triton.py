@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import causal_conv1d_torch, causal_conv1d_walks
+from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.kernels.triton_parts import empty_like, join_runs, load_tile, sigmoid, split_runs
 
 _MOST_TAPS = 8
@@ -206,7 +207,7 @@ def _plan(
     if not _wide(x):
         return flags | {"BD": 8, "G": 32, "num_warps": 4}, 8, 256
     # Four channels a thread, eight loads ahead: the fastest of ten forms (measured); short tiles where there are few.
-    width = min(128, max(32, triton.next_power_of_2(x.shape[2])))
+    width = min(128, max(32, 1 << (x.shape[2] - 1).bit_length()))
     tile = 8 if triton_interpreted() else 64 if x.numel() >= 1 << 24 else 16
     return flags | {"BD": width, "T": tile, "U": 8, "num_warps": 1}, width, tile
 
@@ -223,14 +224,15 @@ def convolve(
     """Run the forward kernel; `shift`, for contiguous time alone, is added to the inputs of each channel first."""
     batch, length, width = x.shape
     flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
-    groups = triton.cdiv(width, channels)
+    groups = -(-width // channels)
     y = empty_like(x)
     kernel, more = (causal_conv1d_walks.forward, ()) if _wide(x) else (_forward, (shift,))
     if not _wide(x):
         flags["HAS_SHIFT"] = shift is not None
-    kernel[(groups * triton.cdiv(length, tile), batch)](
-        x, w.contiguous(), bias, *more, lengths, y, width, length, groups, *x.stride(), *y.stride(), **flags
-    )
+    launch(
+        kernel, (groups * -(-length // tile), batch), (x, w.contiguous(), bias, *more, lengths, y),
+        (width, length, groups, *x.stride(), *y.stride()), **flags,
+    )  # fmt: skip
     return y
 
 
@@ -251,12 +253,12 @@ def convolve_backward(
     if not _wide(x):
         dx, sums_EX = _gradients(dy, x, w, bias, None, lengths, dx, flags, channels, tile)
         return dx, sums_EX[:, :-1].to(w.dtype), None if bias is None else sums_EX[:, -1].to(bias.dtype)
-    groups, tiles = triton.cdiv(width, channels), triton.cdiv(length, tile)
+    groups, tiles = -(-width // channels), -(-length // tile)
     dx = empty_like(x) if dx is None else dx
     parts = torch.empty(batch, tiles, flags["W"] + 1, width, device=x.device)
-    causal_conv1d_walks.backward[(groups * tiles, batch)](
-        x, w.contiguous(), bias, lengths, dy, dx, parts, width, length, tiles, groups,
-        *x.stride(), *dy.stride(), *dx.stride(), ADD=add, **flags,
+    launch(
+        causal_conv1d_walks.backward, (groups * tiles, batch), (x, w.contiguous(), bias, lengths, dy, dx, parts),
+        (width, length, tiles, groups, *x.stride(), *dy.stride(), *dx.stride()), ADD=add, **flags,
     )  # fmt: skip
     total = parts.sum((0, 1)).T
     return dx, total[:, :-1].to(w.dtype), None if bias is None else total[:, -1].to(bias.dtype)
@@ -286,11 +288,11 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel of contiguous time; return the input's gradient, and by channel those of w, bias and shift."""
     batch, length, width = x.shape
-    groups, tiles = triton.cdiv(width, channels), triton.cdiv(length, tile)
+    groups, tiles = -(-width // channels), -(-length // tile)
     dx = empty_like(x) if dx is None else dx
     parts = torch.empty(batch, tiles, width, flags["W"] + (1 if shift is None else 2), device=x.device)
-    _backward[(groups * tiles, batch)](
-        x, w.contiguous(), bias, shift, lengths, dy, dx, parts, width, length, tiles, groups,
-        *x.stride(), *dy.stride(), *dx.stride(), HAS_SHIFT=shift is not None, **flags,
+    launch(
+        _backward, (groups * tiles, batch), (x, w.contiguous(), bias, shift, lengths, dy, dx, parts),
+        (width, length, tiles, groups, *x.stride(), *dy.stride(), *dx.stride()), HAS_SHIFT=shift is not None, **flags,
     )  # fmt: skip
     return dx, parts.sum((0, 1))

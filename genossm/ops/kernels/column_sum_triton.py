@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_launch import launch
+
 _ELEMENTS = 2048
 _PROGRAMS = 2112
 """Programs, 16 for each multiprocessor of a large GPU; each adds up some rows."""
@@ -30,5 +32,6 @@ def column_sum(x_MD: Tensor) -> Tensor:
     groups, several = triton.cdiv(width, block), _ELEMENTS // block
     programs = max(1, min(_PROGRAMS // groups, triton.cdiv(rows, several)))
     parts_PD = torch.empty(programs, width, device=x_MD.device)
-    _add[(programs * groups,)](x_MD, parts_PD, rows, width, groups, x_MD.stride(0), BD=block, R=several, num_warps=4)
+    numbers = (rows, width, groups, x_MD.stride(0))
+    launch(_add, (programs * groups,), (x_MD, parts_PD), numbers, BD=block, R=several, num_warps=4)
     return parts_PD.sum(0)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.kernels.triton_parts import sigmoid
 
 _ELEMENTS = 1024
@@ -58,5 +59,6 @@ def backward(h_MF: Tensor, d_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups, several = triton.cdiv(width, block), _ELEMENTS // block
     programs = max(1, min(_PROGRAMS // groups, triton.cdiv(rows, several)))
     parts_PF = torch.empty(programs, width, device=h_MF.device)
-    _backward[(programs * groups,)](h_MF, d_MF, parts_PF, rows, width, groups, BF=block, R=several, num_warps=4)
+    numbers = (rows, width, groups)
+    launch(_backward, (programs * groups,), (h_MF, d_MF, parts_PF), numbers, BF=block, R=several, num_warps=4)
     return h_MF, d_MF, parts_PF.sum(0)

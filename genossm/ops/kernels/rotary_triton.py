@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_launch import launch
+
 _PAIRS = 1024
 """Pairs of features of a program."""
 
@@ -51,8 +53,8 @@ def _run(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(max(1, width // 2))
     rows = max(1, _PAIRS // block)
-    _rotate[(triton.cdiv(length * heads, rows), batch)](
-        x, cos.contiguous(), sin.contiguous(), out, length, heads, width // 2, *x.stride(),
-        BACK=back, BP=block, R=rows,
+    launch(
+        _rotate, (triton.cdiv(length * heads, rows), batch), (x, cos.contiguous(), sin.contiguous(), out),
+        (length, heads, width // 2, *x.stride()), BACK=back, BP=block, R=rows,
     )  # fmt: skip
     return out

@@ -1,15 +1,14 @@
 """The selective scan on a GPU: the launches of `selective_scan_walks`, where its way is told, and its gradient."""
 
-import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
 from genossm.ops.backend import triton_interpreted
-from genossm.ops.kernels import selective_scan_torch, selective_scan_walks
+from genossm.ops.kernels import selective_scan_parts, selective_scan_torch, selective_scan_walks
+from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states
 
 _PIECE_BYTES = 1 << 27
@@ -88,15 +87,12 @@ class Scan:
         self.u, self.dt, self.z, self.states = u, dt, z, A.shape[1]
         self.batch, self.length, self.width = u.shape
         # Sums take states by 8, matrix units rows by 16; states that are not there have neither input nor reader.
-        self.N = max(8 if triton_interpreted() else 16, triton.next_power_of_2(self.states))
-        more = (0, self.N - self.states)
-        self.A = pad(A.float() * math.log2(math.e), more).T.contiguous()
+        self.N = max(8 if triton_interpreted() else 16, 1 << (self.states - 1).bit_length())
         self.D, self.bias = (None if x is None else x.float().contiguous() for x in (D, bias))
         self.rest = (self.bias, drop, lengths)
         self.T = tile_length(self.batch, self.length, self.width)
-        self.tiles = triton.cdiv(self.length, self.T)
-        beyond = (*more, 0, self.tiles * self.T - self.length)
-        self.B, self.C = (pad(x.float(), beyond).contiguous() for x in (B, C))
+        self.tiles = -(-self.length // self.T)
+        self.A, self.B, self.C = selective_scan_parts.prepare(A, B, C, self.N, self.tiles * self.T)
         self.reverse = reverse
         self.flags = {
             "SOFTPLUS": softplus_on, "HAS_BIAS": bias is not None, "HAS_Z": z is not None, "HAS_DROP": drop is not None,
@@ -120,7 +116,7 @@ class Scan:
         flags = {**self.flags, "EVEN": even, "BD": BD, "U": U}
         if registers is not None and self.u.element_size() == 2 and self.N == 16:
             flags["maxnreg"] = registers
-        return triton.cdiv(self.width, BD), flags
+        return -(-self.width // BD), flags
 
     def sizes(self, groups: int) -> tuple[int, ...]:
         """Return what every walk is told of the problem."""
@@ -139,15 +135,17 @@ class Scan:
         edge = torch.empty(self.batch, self.tiles, self.N, self.width, device=x.device)
         decay = torch.empty(self.batch, self.tiles, self.width, device=x.device)
         groups, flags = self.forward_shape()
-        selective_scan_walks.edges[(self.tiles * groups, self.batch)](
-            x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay, *self.sizes(groups),
-            *x.stride(), *self.dt.stride(), *_strides(self.z), ADJOINT=adjoint, **flags,
+        launch(
+            selective_scan_walks.edges, (self.tiles * groups, self.batch),
+            (x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay),
+            (*self.sizes(groups), *x.stride(), *self.dt.stride(), *_strides(self.z)), ADJOINT=adjoint, **flags,
         )  # fmt: skip
         entering, last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
         # Many tiles at once hide the latency of a long chain; a short one would only pay for what it lacks.
         rows = 128 if self.tiles > 64 else 32
-        selective_scan_walks.chain[(triton.cdiv(self.width * self.N, 32), self.batch)](
-            edge, decay, self.A, first_BNE, entering, last, self.width, self.tiles, N=self.N,
+        launch(
+            selective_scan_walks.chain, (-(-self.width * self.N // 32), self.batch),
+            (edge, decay, self.A, first_BNE, entering, last), (self.width, self.tiles), N=self.N,
             HAS_FIRST=first_BNE is not None, LEFTWARD=self.reverse != adjoint, WIDTH=32, U=rows, num_warps=rows // 32,
         )  # fmt: skip
         return entering, last
@@ -155,10 +153,11 @@ class Scan:
     def forward(self, entering: Tensor, y: Tensor, add: bool = False) -> None:
         """Write the result, or add it to what is there."""
         groups, flags = self.forward_shape()
-        selective_scan_walks.forward[(self.tiles * groups, self.batch)](
-            self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, y, *self.sizes(groups),
-            *self.u.stride(), *self.dt.stride(), *_strides(self.z), *y.stride(), HAS_D=self.D is not None, ADD=add,
-            **flags,
+        launch(
+            selective_scan_walks.forward, (self.tiles * groups, self.batch),
+            (self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, y),
+            (*self.sizes(groups), *self.u.stride(), *self.dt.stride(), *_strides(self.z), *y.stride()),
+            HAS_D=self.D is not None, ADD=add, **flags,
         )  # fmt: skip
 
     def backward(
@@ -169,45 +168,42 @@ class Scan:
         du: Tensor,
         ddt: Tensor,
         dz: Tensor | None,
+        d_BC: Tensor,
         add: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Write the gradients of u, dt and z (added to what is there where `add`); return those of A, B, C, D, bias."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Write the gradients of u, dt, z (added to what is there where `add`), B and C; return those of A, D, bias.
+
+        Those of B and C are `d_BC`, (2, B, L, N) with any strides; `ddt` may be the memory of dt.
+        """
         batch, length, width, N = self.batch, self.length, self.width, self.N
         groups, flags = self.backward_shape()
         device = dy.device
         dA_parts = torch.empty_like(entering)
-        dD_parts, dbias_parts = (
-            None if x is None else torch.empty(batch, self.tiles, width, device=device) for x in (self.D, self.bias)
-        )
-        dB_BLN, dC_BLN = torch.empty(2, batch, length, N, device=device)
+        dD_parts, dbias_parts = of_channels = torch.empty(2, batch, self.tiles, width, device=device)
         # 16 bit inputs don't deserve 32 bit parts.
         dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
         a_tile = self.T * batch * (4 * width + 2 * groups * N * dtype.itemsize)
         # Pieces of one size: the GPU runs out of work at the end of each.
-        tiles = triton.cdiv(self.tiles, triton.cdiv(self.tiles * a_tile, _PIECE_BYTES))
+        pieces = -(-self.tiles * a_tile // _PIECE_BYTES)
+        tiles = -(-self.tiles // pieces)
         piece = tiles * self.T
         partial = torch.empty(batch, piece, width, device=device)
         parts = torch.empty(2, batch, groups, piece, N, dtype=dtype, device=device)
         strides = [s for x in (self.u, self.dt, self.z, dy, du, ddt, dz) for s in _strides(x)]
         for first in range(0, self.tiles, tiles):
             count = min(tiles, self.tiles - first)
-            selective_scan_walks.backward[(count * groups, batch)](
-                self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, adjoint, dy, du, ddt, dz,
-                partial, dA_parts, parts[0], parts[1], dD_parts, dbias_parts, first, piece, *self.sizes(groups),
-                *strides, HAS_D=self.D is not None, ADD=add,
+            launch(
+                selective_scan_walks.backward, (count * groups, batch),
+                (self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, adjoint, dy, du, ddt,
+                 dz, partial, dA_parts, *parts, dD_parts, dbias_parts),
+                (first, piece, *self.sizes(groups), *strides), HAS_D=self.D is not None, ADD=add,
                 PRECISION="bf16" if dtype == torch.bfloat16 and not triton_interpreted() else "tf32x3", **flags,
             )  # fmt: skip
             here = slice(first * self.T, min(length, (first + count) * self.T))
-            taken = parts[..., : here.stop - here.start, :]
-            torch.sum(taken[0], 1, dtype=torch.float32, out=dB_BLN[:, here])
-            torch.sum(taken[1], 1, dtype=torch.float32, out=dC_BLN[:, here])
-        return (
-            self.from_states(dA_parts.sum(1)).sum(0),
-            dB_BLN[..., : self.states],
-            dC_BLN[..., : self.states],
-            None if dD_parts is None else dD_parts.sum((0, 1)),
-            None if dbias_parts is None else dbias_parts.sum((0, 1)),
-        )
+            selective_scan_parts.add_groups(parts[..., : here.stop - here.start, :], d_BC[:, :, here])
+        dD, dbias = of_channels.sum((1, 2))
+        dA_EN = dA_parts.flatten(0, 1).sum(0)[: self.states].T
+        return dA_EN, None if self.D is None else dD, None if self.bias is None else dbias
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -231,8 +227,9 @@ class _SelectiveScan(torch.autograd.Function):
         last = None if grads[1] is None else scan.to_states(grads[1])
         adjoint, d_first = scan.enter(dy, last, adjoint=True)
         du, ddt, dz = torch.empty_like(u), torch.empty_like(dt), None if z is None else torch.empty_like(z)
-        dA, dB, dC, dD, dbias = scan.backward(dy, entering, adjoint, du, ddt, dz)
-        found = (du, ddt, dA, dB, dC, dD, dz, dbias, scan.from_states(d_first))
+        d_BC = torch.empty(2, *B.shape, dtype=torch.promote_types(B.dtype, C.dtype), device=u.device)
+        dA, dD, dbias = scan.backward(dy, entering, adjoint, du, ddt, dz, d_BC)
+        found = (du, ddt, dA, *d_BC, dD, dz, dbias, scan.from_states(d_first))
         typed = (None if t is None or x is None else x.to(t) for x, t in zip(found, ctx.dtypes, strict=True))
         return (*typed, None, None, None, None)
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_launch import launch
+
 _T = 64
 _WARPS = 4
 _PROGRAMS = 264
@@ -140,8 +142,8 @@ class SineNetwork(torch.autograd.Function):
         z, freq = z.contiguous(), freq.contiguous()
         (features, length), width = z.shape, freq.shape[0]
         out = torch.empty(width, length, device=z.device)
-        _forward[(triton.cdiv(length, _T),)](
-            z, first, inner, bias, freq, out, length, F=width, E=features,
+        launch(
+            _forward, (triton.cdiv(length, _T),), (z, first, inner, bias, freq, out), (length,), F=width, E=features,
             LAYERS=layers, BF=_padded(width), BE=_padded(features), T=_T, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(z, freq, *rest)
@@ -160,10 +162,10 @@ class SineNetwork(torch.autograd.Function):
         for layer in reversed(range(layers)):
             before = torch.empty_like(dh if layer > 0 else z) if layer > 0 or ctx.needs_input_grad[0] else None
             parts = [torch.empty(programs, *like.shape, device=z.device) for like in (rest[layer], freq, freq)]
-            _backward[(programs,)](
-                z, first, inner, bias, freq, dh, before, *parts, length, 0, F=width, E=features,
-                LAYER=layer, HAS_BEFORE=before is not None, BF=_padded(width), BE=_padded(features), T=_T // 2,
-                num_warps=_WARPS, num_stages=1,
+            launch(
+                _backward, (programs,), (z, first, inner, bias, freq, dh, before, *parts), (length, 0),
+                F=width, E=features, LAYER=layer, HAS_BEFORE=before is not None, BF=_padded(width),
+                BE=_padded(features), T=_T // 2, num_warps=_WARPS, num_stages=1,
             )  # fmt: skip
             d_w, d_bias, d_more = (part.sum(0) for part in parts)
             found = [d_w, *found[: layers - 1 - layer], d_bias, *found[layers - 1 - layer :]]

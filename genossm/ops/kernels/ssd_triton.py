@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genossm.ops.kernels import ssd_torch
+from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states, real_positions
 
 _CHUNK = 64
@@ -331,7 +332,7 @@ class _Chunks(torch.autograd.Function):
         y = torch.empty(batch, length, heads, width, device=x.device)
         grid = (reach.shape[2] // _CHUNK, heads, batch)
         strides = (*x.stride(), *B.stride(), *C.stride())
-        _outputs[grid](x, B, C, dt, reach, met_BL, state, y, *shape.sizes, *strides, **shape.flags)
+        launch(_outputs, grid, (x, B, C, dt, reach, met_BL, state, y), (*shape.sizes, *strides), **shape.flags)
         ctx.shape, ctx.met_BL = shape, met_BL
         ctx.save_for_backward(*inputs)
         return y, last
@@ -355,9 +356,10 @@ class _Chunks(torch.autograd.Function):
         chunks = reach.shape[2] // _CHUNK
         given = (x, B, C, dy, dt, reach, met_BL, state, adjoint)
         strides = (*x.stride(), *B.stride(), *C.stride(), *dy.stride())
-        _input_gradients[(chunks, heads, batch)](*given, dx, ddt, dreach, *shape.sizes, *strides, **shape.flags)
+        numbers = (*shape.sizes, *strides)
+        launch(_input_gradients, (chunks, heads, batch), (*given, dx, ddt, dreach), numbers, **shape.flags)
         grid = (chunks, B.shape[2] * tiles, batch)
-        _group_gradients[grid](*given, dB, dC, *shape.sizes, *strides, tiles, **shape.flags)
+        launch(_group_gradients, grid, (*given, dB, dC), (*numbers, tiles), **shape.flags)
         dinitial = None if initial is None else dfirst.to(initial.dtype)
         return None, None, dx, ddt, dreach, dB, dC, dinitial
 
@@ -419,10 +421,13 @@ def _states(
     last = torch.empty(batch, heads, width, states, device=value.device)
     strides = (*value.stride(), *weight.stride())
     given = (value, weight, dt, reach, met_BL, state, kept)
-    _added[(chunks, heads, batch)](*given, *shape.sizes, *strides, ADJOINT=adjoint, **shape.flags)
+    launch(_added, (chunks, heads, batch), given, (*shape.sizes, *strides), ADJOINT=adjoint, **shape.flags)
     lanes = min(128, triton.next_power_of_2(width * states))
-    _chain[(triton.cdiv(width * states, lanes), batch * heads)](
-        *(state, kept, first, last, width * states, chunks),
+    launch(
+        _chain,
+        (triton.cdiv(width * states, lanes), batch * heads),
+        (state, kept, first, last),
+        (width * states, chunks),
         HAS_FIRST=first is not None,
         BACKWARD=adjoint,
         WIDTH=lanes,
