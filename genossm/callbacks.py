@@ -360,7 +360,8 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.write()
+        if self.rows:
+            self.write()
 
 
 class Progress(Callback):

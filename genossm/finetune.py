@@ -40,6 +40,7 @@ from genossm.train import (
     close_loggers,
     compose,
     fast_steps,
+    gone_unless_begun,
     quieten,
     run_folder,
     step_of,
@@ -99,6 +100,12 @@ def run(config: DictConfig, dataset: LabelledData | None = None) -> FinetuneResu
         The folder, which holds config.yaml, metrics.csv, result.json, predictions.csv, checkpoints/ and model/, the
         model and the metrics.
     """
+    folder, resumed = run_folder(config)
+    with gone_unless_begun(folder, resumed):
+        return _run(config, dataset, folder, resumed)
+
+
+def _run(config: DictConfig, dataset: LabelledData | None, folder: Path, resumed: bool) -> FinetuneResult:
     from hydra.utils import instantiate
 
     began = time.monotonic()
@@ -122,7 +129,6 @@ def run(config: DictConfig, dataset: LabelledData | None = None) -> FinetuneResu
     data = build_data(config, splits, labelled.target, backbone)
     model = Classifier(backbone, head_config(config, labelled.target, backbone))
     adapted = prepare(model, config)
-    folder, resumed = run_folder(config)
     accumulate = int(config.trainer.accumulate_grad_batches)
     per_epoch = max(1, data.of("train").per_pass // accumulate)
     steps = int(config.trainer.max_steps or config.epochs * per_epoch)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genossm.config import compose as compose_verb
 from genossm.config import launch, without_targets
+from genossm.errors import is_users_mistake
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,27 @@ def train(config: DictConfig) -> TrainResult:
     """
     if "finetune" in config:
         return _finetune(config)
+    folder, resumed = run_folder(config)
+    with gone_unless_begun(folder, resumed):
+        return _train(config, folder, resumed)
+
+
+@contextlib.contextmanager
+def gone_unless_begun(folder: Path, resumed: bool) -> Iterator[None]:
+    """Remove the folder of a new run that a user's mistake ends before anything is in it: resume=auto would take it."""
+    try:
+        yield
+    except Exception as error:
+        begun = resumed or (folder / "metrics.csv").exists() or any((folder / "checkpoints").glob("*"))
+        if is_users_mistake(error) and not begun:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in list(folder.parents)[:2]:  # Of the experiment and of all, where this was their first run.
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+        raise
+
+
+def _train(config: DictConfig, folder: Path, resumed: bool) -> TrainResult:
     import lightning as L
     from hydra.utils import instantiate
 
@@ -59,7 +81,6 @@ def train(config: DictConfig) -> TrainResult:
 
     began = time.monotonic()
     quieten()
-    folder, resumed = run_folder(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     model = build_model(config.model)
     steps = int(config.trainer.max_steps)

@@ -124,7 +124,8 @@ def test_ends_with_one_message_and_leaves_nothing(ended, name):
     assert len(errors) == 1, text
     assert CASES[name][1] in errors[0]
     assert "Traceback" not in text
-    kept = {path.name for path in folder.iterdir()} - {"stderr.txt", "outputs"}
+    # N alone is found out by the first step, whose row of the table stays; other runs leave no folder.
+    kept = {path.name for path in folder.iterdir()} - {"stderr.txt", *(["outputs"] if name == "N alone" else [])}
     assert kept - {f"{path}.tokens" for path in before} == set(before), "something half-written was left"
     if name in ("missing", "empty", "binary", "protein", "gzip bomb", "full disk", "damaged gzip"):
         assert kept == set(before)
