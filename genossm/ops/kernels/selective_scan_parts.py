@@ -17,7 +17,7 @@ def _prepare(
     A, B, C, A_out, B_out, C_out, E, L, P, S, blocks, A_e, A_n, B_b, B_l, B_n, C_b, C_l, C_n,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Write B and C as float32 (rows, P, N) and A log2(e) as (N, E), 0 beyond the S states and the L positions."""
+    """Write B and C as (rows, P, N) and A log2(e) as (N, E), 0 beyond the S states and the L positions."""
     row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     n = tl.arange(0, N)[None, :]
@@ -26,8 +26,8 @@ def _prepare(
         seen = (t < L) & (n < S)
         there = (t < P) & (n < N)
         to = (row * P + t) * N + n
-        tl.store(B_out + to, tl.load(B + row * B_b + t * B_l + n * B_n, seen, 0.0).to(tl.float32), there)
-        tl.store(C_out + to, tl.load(C + row * C_b + t * C_l + n * C_n, seen, 0.0).to(tl.float32), there)
+        tl.store(B_out + to, tl.load(B + row * B_b + t * B_l + n * B_n, seen, 0.0).to(B_out.dtype.element_ty), there)
+        tl.store(C_out + to, tl.load(C + row * C_b + t * C_l + n * C_n, seen, 0.0).to(C_out.dtype.element_ty), there)
     elif row == 0:
         e = ((block - blocks) * R + tl.arange(0, R))[:, None]
         rates = tl.load(A + e * A_e + n * A_n, (e < E) & (n < S), 0.0).to(tl.float32) * _LOG2E
@@ -35,13 +35,16 @@ def _prepare(
 
 
 def prepare(A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, states: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A log2(e), B and C as the walks read them: float32, (N, E) and (B, L, N), zeros up to `states`, `length`.
+    """Return A log2(e), B and C as the walks read them: (N, E) and (B, L, N), zeros up to `states`, `length`.
+
+    Every thread of a walk loads all of B and C, which takes as long as what it computes: 16 bit numbers stay such.
 
     Op by op these would be seven launches, which take longer than a short scan.
     """
     (width, given), (batch, real, _) = A_EN.shape, B_BLN.shape
     A_NE = torch.empty(states, width, device=A_EN.device)
-    B_BPN, C_BPN = (torch.empty(batch, length, states, device=A_EN.device) for _ in range(2))
+    dtype = B_BLN.dtype if B_BLN.dtype == C_BLN.dtype and B_BLN.element_size() == 2 else torch.float32
+    B_BPN, C_BPN = torch.empty(2, batch, length, states, dtype=dtype, device=A_EN.device)
     blocks, of_A = -(-length // _ROWS), -(-width // _ROWS)
     launch(
         _prepare, (blocks + of_A, batch), (A_EN, B_BLN, C_BLN, A_NE, B_BPN, C_BPN),

@@ -14,6 +14,14 @@ from genossm.ops.rows import dropped_states
 _PIECE_BYTES = 1 << 27
 """Memory of what the last kernel writes for the next: longer sequences go through it in pieces."""
 
+_PLANS = {
+    "edges": (64, 2, None),
+    "forward": (64, 2, None),
+    "backward_adjoint": (64, 2, None),
+    "backward_state": (64, 2, None),
+}
+"""Of each kernel on 16 bit inputs with 16 states: channels of a program, positions loaded at once, registers."""
+
 
 def selective_scan(
     u_BLE: Tensor,
@@ -93,34 +101,27 @@ class Scan:
         self.T = tile_length(self.batch, self.length, self.width)
         self.tiles = -(-self.length // self.T)
         self.A, self.B, self.C = selective_scan_parts.prepare(A, B, C, self.N, self.tiles * self.T)
-        self.reverse = reverse
+        # Walks of 16 bit inputs that walk forward take pairs of states.
+        self.pairs = [x.view(torch.int32) if x.dtype == torch.bfloat16 else x for x in (self.B, self.C)]
+        self.reverse = int(reverse)
         self.flags = {
             "SOFTPLUS": softplus_on, "HAS_BIAS": bias is not None, "HAS_Z": z is not None, "HAS_DROP": drop is not None,
-            "HAS_LENGTHS": lengths is not None, "REVERSE": reverse, "N": self.N, "T": self.T,
-            "num_warps": 1, "num_stages": 1,
+            "HAS_LENGTHS": lengths is not None, "N": self.N, "num_warps": 1, "num_stages": 1,
         }  # fmt: skip
 
-    def forward_shape(self) -> tuple[int, dict[str, Any]]:
-        """Return the groups of channels, and their flags, of the kernels that walk once."""
-        few = triton_interpreted() or self.width <= 32 or self.N > 16
-        # Where there is enough to do: more under way at once, in registers that leave room for 13 warps.
-        return self._shape(32 if few else 64, *((2, None) if few or self.T < 128 else (4, 152)))
-
-    def backward_shape(self) -> tuple[int, dict[str, Any]]:
-        """Return the groups of channels, and their flags, of the kernel that walks twice."""
-        # Registers for 12 warps: a few values are spilled, which costs less than 10 warps that wait for memory.
-        return self._shape(32, 2, 168)
-
-    def _shape(self, BD: int, U: int, registers: int | None) -> tuple[int, dict[str, Any]]:
-        even = not self.flags["HAS_LENGTHS"] and self.length % self.T == 0 and self.width % BD == 0
-        flags = {**self.flags, "EVEN": even, "BD": BD, "U": U}
-        if registers is not None and self.u.element_size() == 2 and self.N == 16:
+    def plan(self, kernel: str) -> tuple[int, dict[str, Any]]:
+        """Return the groups of channels that a kernel takes, and its flags."""
+        BD, U, registers = _PLANS[kernel] if self.u.element_size() == 2 and self.N == 16 else (32, 2, None)
+        if triton_interpreted() or self.width <= 32:
+            BD = 32
+        flags = {**self.flags, "BD": BD, "U": U}
+        if registers is not None:
             flags["maxnreg"] = registers
         return -(-self.width // BD), flags
 
     def sizes(self, groups: int) -> tuple[int, ...]:
-        """Return what every walk is told of the problem."""
-        return 1, self.width, self.length, self.tiles, groups
+        """Return what every walk is told of the problem, the first number being one that compilers don't know."""
+        return 1, self.width, self.length, self.T, self.tiles, groups
 
     def to_states(self, x_BEN: Tensor) -> Tensor:
         """Return a state of the caller as the kernels hold it, (B, N, E)."""
@@ -134,30 +135,32 @@ class Scan:
         """Return what enters each tile and what leaves the last one, for the state or its adjoint."""
         edge = torch.empty(self.batch, self.tiles, self.N, self.width, device=x.device)
         decay = torch.empty(self.batch, self.tiles, self.width, device=x.device)
-        groups, flags = self.forward_shape()
+        groups, flags = self.plan("edges")
         launch(
             selective_scan_walks.edges, (self.tiles * groups, self.batch),
-            (x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay),
-            (*self.sizes(groups), *x.stride(), *self.dt.stride(), *_strides(self.z)), ADJOINT=adjoint, **flags,
+            (x, self.dt, self.z, self.pairs[adjoint], self.A, *self.rest, edge, decay),
+            (self.reverse ^ adjoint, *self.sizes(groups), *x.stride(), *self.dt.stride(), *_strides(self.z)),
+            ADJOINT=adjoint, **flags,
         )  # fmt: skip
         entering, last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
         # Many tiles at once hide the latency of a long chain; a short one would only pay for what it lacks.
         rows = 128 if self.tiles > 64 else 32
         launch(
             selective_scan_walks.chain, (-(-self.width * self.N // 32), self.batch),
-            (edge, decay, self.A, first_BNE, entering, last), (self.width, self.tiles), N=self.N,
-            HAS_FIRST=first_BNE is not None, LEFTWARD=self.reverse != adjoint, WIDTH=32, U=rows, num_warps=rows // 32,
+            (edge, decay, self.A, first_BNE, entering, last), (self.reverse ^ adjoint, self.width, self.tiles),
+            N=self.N, HAS_FIRST=first_BNE is not None, WIDTH=32, U=rows, num_warps=rows // 32,
         )  # fmt: skip
         return entering, last
 
     def forward(self, entering: Tensor, y: Tensor, add: bool = False) -> None:
         """Write the result, or add it to what is there."""
-        groups, flags = self.forward_shape()
+        groups, flags = self.plan("forward")
         launch(
             selective_scan_walks.forward, (self.tiles * groups, self.batch),
-            (self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, y),
-            (*self.sizes(groups), *self.u.stride(), *self.dt.stride(), *_strides(self.z), *y.stride()),
-            HAS_D=self.D is not None, ADD=add, **flags,
+            (self.u, self.dt, self.z, *self.pairs, self.A, self.D, *self.rest, entering, y),
+            (int(add), self.reverse, *self.sizes(groups), *self.u.stride(), *self.dt.stride(), *_strides(self.z),
+             *y.stride()),
+            HAS_D=self.D is not None, **flags,
         )  # fmt: skip
 
     def backward(
@@ -176,7 +179,8 @@ class Scan:
         Those of B and C are `d_BC`, (2, B, L, N) with any strides; `ddt` may be the memory of dt.
         """
         batch, length, width, N = self.batch, self.length, self.width, self.N
-        groups, flags = self.backward_shape()
+        groups, end_flags = self.plan("backward_adjoint")
+        _, start_flags = self.plan("backward_state")
         device = dy.device
         dA_parts = torch.empty_like(entering)
         dD_parts, dbias_parts = of_channels = torch.empty(2, batch, self.tiles, width, device=device)
@@ -189,15 +193,24 @@ class Scan:
         piece = tiles * self.T
         partial = torch.empty(batch, piece, width, device=device)
         parts = torch.empty(2, batch, groups, piece, N, dtype=dtype, device=device)
-        strides = [s for x in (self.u, self.dt, self.z, dy, du, ddt, dz) for s in _strides(x)]
+        # What the walk from the end leaves for the other, beside `partial` and its share of dA_parts.
+        handed = torch.empty(batch, self.tiles, 2, width, device=device)
+        given = (self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering)
+        read = [s for x in (self.u, self.dt, self.z, dy) for s in _strides(x)]
+        written = [s for x in (ddt, dz) for s in _strides(x)]
+        precision = "bf16" if dtype == torch.bfloat16 and not triton_interpreted() else "tf32x3"
+        more = {"HAS_D": self.D is not None, "PRECISION": precision}
         for first in range(0, self.tiles, tiles):
             count = min(tiles, self.tiles - first)
             launch(
-                selective_scan_walks.backward, (count * groups, batch),
-                (self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, adjoint, dy, du, ddt,
-                 dz, partial, dA_parts, *parts, dD_parts, dbias_parts),
-                (first, piece, *self.sizes(groups), *strides), HAS_D=self.D is not None, ADD=add,
-                PRECISION="bf16" if dtype == torch.bfloat16 and not triton_interpreted() else "tf32x3", **flags,
+                selective_scan_walks.backward_adjoint, (count * groups, batch),
+                (*given, adjoint, dy, du, partial, dA_parts, parts[0], dD_parts, handed),
+                (first, piece, 1 - self.reverse, *self.sizes(groups), *read, *du.stride()), **end_flags, **more,
+            )  # fmt: skip
+            launch(
+                selective_scan_walks.backward_state, (count * groups, batch),
+                (*given, dy, ddt, dz, partial, dA_parts, parts[1], dbias_parts, handed),
+                (int(add), first, piece, self.reverse, *self.sizes(groups), *read, *written), **start_flags, **more,
             )  # fmt: skip
             here = slice(first * self.T, min(length, (first + count) * self.T))
             selective_scan_parts.add_groups(parts[..., : here.stop - here.start, :], d_BC[:, :, here])

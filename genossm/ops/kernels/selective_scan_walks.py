@@ -8,23 +8,33 @@ channels, contiguous in memory, through its tile; all states of a channel stay i
 
 With a[t] = exp(dt[t] A) and b[t] = dt[t] u[t] B[t]: h[t] = a[t] h[t-1] + b[t]; its adjoint g[t] = dy[t] C[t] +
 a[t+1] g[t+1]. What passes from tile to tile is h at the tile's last position and a g at its first one (mirrored where
-`reverse`). The gradients of A and dt need q[t] = g[t] a[t] h[t-1], whose factors are never in registers together; but
-q[t+1] = q[t] + g[t] b[t] - dy[t] C[t] h[t], so that each walk adds its own part of a sum that begins at the edge of the
-tile, where both factors are known.
+the scan runs leftward). The gradients of A and dt need q[t] = g[t] a[t] h[t-1], whose factors are never in registers
+together; but q[t+1] = q[t] + g[t] b[t] - dy[t] C[t] h[t], so that each walk adds its own part of a sum that begins at
+the edge of the tile, where both factors are known.
 
 Nothing is summed by atomics: sums over channels and tiles are written in parts and added in a fixed order, so that
 results repeat bit by bit. Sums over a warp's channels are products with zeros and ones, which a GPU does in its matrix
 units without moving what is summed, and a few shuffles.
+
+What differs from one shape to the next, direction and tile length too, is told to a compiled kernel as a number, so
+that a new shape compiles nothing. Each memory operation costs the compiler about as much as the square of all that it
+can reach, so that there are few of them, and no kernel walks twice.
 """
 
 import triton
 import triton.language as tl
 
-from genossm.ops.kernels.triton_parts import sigmoid, softplus
+from genossm.ops.kernels.triton_parts import sigmoid, softplus, softplus_slope
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_FALSE = tl.constexpr(False)
+# One kernel serves all shapes, and tensors that begin anywhere.
+_walk = triton.jit(
+    do_not_specialize=[
+        *("one", "E", "L", "T", "tiles", "groups", "leftward", "add", "first_tile", "piece"),
+        *(f"{x}_{axis}" for x in ("u", "dt", "z", "x", "y", "dy", "du", "ddt", "dz") for axis in "ble"),
+    ],
+    do_not_specialize_on_alignment=["u", "dt", "z", "x", "y", "dy", "du", "ddt", "dz", "drop", "lengths"],
+)
 
 
 @triton.jit
@@ -35,53 +45,66 @@ def _then(decay, state, next_decay, next_state):
 # `one` is 1, which the compiler must not know: it would give a thread neighbouring channels, 4 bytes at once, and then
 # exchange them between threads at every position, for states of one channel each lie best 32 apart.
 @triton.jit
-def _place(lengths, E, L, groups, first_tile, one, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+def _place(lengths, E, L, T, groups, first_tile, one, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr):
     """Return where a program works; neighbours in the grid share a tile's B and C."""
     row = tl.program_id(1).to(tl.int64)
     tile = first_tile + tl.program_id(0) // groups
     channel = tl.program_id(0) % groups * BD + tl.arange(0, BD) * one
     inside = channel < E
+    start = tile.to(tl.int64) * T
     end = tl.minimum(tl.load(lengths + row), L) if HAS_LENGTHS else L
-    # Positions that are real, and that are stored, by channel: none of one that is not there.
-    return row, tile, channel, inside, tile.to(tl.int64) * T, tl.where(inside, end, 0), tl.where(inside, L, 0)
+    # The tile's positions that are real, and that are stored, by channel: none of one that is not there.
+    real = tl.where(inside, tl.minimum(end - start, T).to(tl.int32), 0)
+    stored = tl.where(inside, tl.minimum(L - start, T).to(tl.int32), 0)
+    return row, tile, channel, inside, start, real, stored
 
 
 @triton.jit
-def _several(rows, i, start, ends, step, BACK: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, U: tl.constexpr):
+def _order(leftward, T):
+    """Return the first position of a walk and the way to the next."""
+    return tl.where(leftward != 0, T - 1, 0), tl.where(leftward != 0, -1, 1)
+
+
+@triton.jit
+def _several(rows, i, step, begin, way, ends, U: tl.constexpr):
     """Load U positions in the order of a walk, so that all are under way before the first is needed."""
     values = ()
     for k in tl.static_range(U):
-        t = T - 1 - i - k if BACK else i + k
-        loaded = tl.load(rows + t * step) if EVEN else tl.load(rows + t * step, start + t < ends, 0.0)
-        values += (loaded.to(tl.float32),)
+        values += (tl.load(rows + (i + k) * step, begin + (i + k) * way < ends, 0.0),)
     return values
 
 
 @triton.jit
-def _by_state(x, channel, inside, E, N: tl.constexpr, BD: tl.constexpr):
-    """Load [states, channels]; state by state, so that all states of a channel come to one thread."""
-    values = tl.zeros([N, BD], tl.float32)
-    for n in tl.static_range(N):
-        values = tl.where(tl.arange(0, N)[:, None] == n, tl.load(x + n * E + channel, inside, 0.0)[None, :], values)
-    return values
+def _by_state(x, channel, inside, E, N: tl.constexpr):
+    """Load [states, channels]: all states of a channel come to one thread."""
+    return tl.load(x + tl.arange(0, N)[:, None] * E + channel[None, :], inside[None, :], 0.0)
 
 
 @triton.jit
 def _store_by_state(x, values, channel, inside, E, N: tl.constexpr):
     """Undo `_by_state`."""
-    for n in range(N):
-        value = tl.sum(tl.where(tl.arange(0, N)[:, None] == n, values, 0.0), 0)
-        tl.store(x + n * E + channel, value, inside)
+    tl.store(x + tl.arange(0, N)[:, None] * E + channel[None, :], values, inside[None, :])
 
 
 @triton.jit
-def _steps(raw, bias, seen, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr):
-    steps = softplus(raw + bias) if SOFTPLUS else raw + bias
-    return steps if EVEN else tl.where(seen, steps, 0.0)
+def _unpacked(x, N: tl.constexpr):
+    """Return N numbers of x: float32, or pairs of bfloat16 as whole numbers, which take half of what loads take."""
+    if x.dtype == tl.int32:
+        low = (x << 16).to(tl.float32, bitcast=True)
+        high = (x & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), [N])
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
-def _keep(drop, at, L, t, HAS_DROP: tl.constexpr):
+def _step(raw, bias, seen, SOFTPLUS: tl.constexpr):
+    raw = raw.to(tl.float32) + bias
+    return tl.where(seen, softplus(raw) if SOFTPLUS else raw, 0.0)
+
+
+@triton.jit
+def _keep(drop, at, t, L, HAS_DROP: tl.constexpr):
     """Return 0 where the arriving state belongs to another document, else 1."""
     return tl.where(tl.load(drop + at + t, t < L, 0) == 0, 1.0, 0.0) if HAS_DROP else 1.0
 
@@ -109,54 +132,61 @@ def _add_sums(sums, x, chosen, N: tl.constexpr, BD: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def _store_sums(sums, to, p, L, N: tl.constexpr, BD: tl.constexpr, BACK: tl.constexpr):
-    """Store what was added, summed over channels: for position p, which `to` belongs to, and the next of the walk."""
+def _store_sums(sums, to, way, N: tl.constexpr, BD: tl.constexpr):
+    """Store what was added, summed over channels: for a position, which `to` belongs to, and the next of the walk."""
     sums = tl.sum(tl.reshape(sums, [N // 8, BD // 4, 16]), 1)
     column = tl.arange(0, 16)[None, :]
-    ahead = -(column // 8) if BACK else column // 8
-    at = ahead * N + column % 8 + tl.arange(0, N // 8)[:, None] * 8
-    tl.store(to + at, sums.to(to.dtype.element_ty), p + ahead + at * 0 < L)
+    at = column // 8 * (way * N) + column % 8 + tl.arange(0, N // 8)[:, None] * 8
+    tl.store(to + at, sums.to(to.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["one"])
+@_walk
 def edges(
     x, dt, z, W, A, bias, drop, lengths, edge, decay,
-    one, E, L, tiles, groups, x_b, x_l, x_e, dt_b, dt_l, dt_e, z_b, z_l, z_e,
+    leftward, one, E, L, T, tiles, groups, x_b, x_l, x_e, dt_b, dt_l, dt_e, z_b, z_l, z_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, HAS_DROP: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, ADJOINT: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, ADJOINT: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Compute what each tile passes on from a zero start: of x = u and W = B, or for the adjoint x = dy and W = C."""
-    row, tile, channel, inside, start, ends, _ = _place(lengths, E, L, groups, 0, one, HAS_LENGTHS, BD, T)
+    row, tile, channel, inside, start, real, _ = _place(lengths, E, L, T, groups, 0, one, HAS_LENGTHS, BD)
+    begin, way = _order(leftward, T)
     wide = channel.to(tl.int64)
+    first = start + begin
     rate_bias = tl.load(bias + channel, inside, 0.0) if HAS_BIAS else 0.0
-    x_at = x + row * x_b + start * x_l + wide * x_e
-    dt_at = dt + row * dt_b + start * dt_l + wide * dt_e
-    W_at = W + (row * tiles * T + start) * N
-    rates = _by_state(A, channel, inside, E, N, BD)
+    x_at = x + row * x_b + first * x_l + wide * x_e
+    dt_at = dt + row * dt_b + first * dt_l + wide * dt_e
+    z_at = z + row * z_b + first * z_l + wide * z_e if HAS_Z and ADJOINT else x_at
+    H: tl.constexpr = N // 2 if W.dtype.element_ty == tl.int32 else N
+    W_at = W + (row * tiles * T + first) * H + tl.arange(0, H)
+    rates = _by_state(A, channel, inside, E, N)
     states = tl.zeros([N, BD], tl.float32)
     whole = tl.zeros([BD], tl.float32)
     kept = 1.0
-    BACK: tl.constexpr = ADJOINT != REVERSE
+    next_raw = _several(dt_at, 0, dt_l * way, begin, way, real, U)
+    next_values = _several(x_at, 0, x_l * way, begin, way, real, U)
+    next_gates = _several(z_at, 0, z_l * way, begin, way, real, U) if HAS_Z and ADJOINT else next_values
+    next_W = tl.load(W_at)
     for i in range(0, T, U):
-        raw = _several(dt_at, i, start, ends, dt_l, BACK, EVEN, T, U)
-        values = _several(x_at, i, start, ends, x_l, BACK, EVEN, T, U)
-        gates = values
-        if ADJOINT and HAS_Z:
-            z_at = z + row * z_b + start * z_l + wide * z_e
-            gates = _several(z_at, i, start, ends, z_l, BACK, EVEN, T, U)
+        raw, values, gates = next_raw, next_values, next_gates
+        ahead = tl.minimum(i + U, T - U)
+        next_raw = _several(dt_at, ahead, dt_l * way, begin, way, real, U)
+        next_values = _several(x_at, ahead, x_l * way, begin, way, real, U)
+        next_gates = _several(z_at, ahead, z_l * way, begin, way, real, U) if HAS_Z and ADJOINT else next_values
         for k in tl.static_range(U):
-            t = T - 1 - i - k if BACK else i + k
-            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
-            value = values[k]
+            t = begin + (i + k) * way
+            W_here = _unpacked(next_W, N)
+            next_W = tl.load(W_at + tl.minimum(i + k + 1, T - 1) * (way * H))
+            step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
+            value = values[k].to(tl.float32)
             if not ADJOINT:
                 value = value * step
             elif HAS_Z:
-                value = value * gates[k] * sigmoid(gates[k])
-            keep = _keep(drop, row * L, L, start + t, HAS_DROP)
+                gate = gates[k].to(tl.float32)
+                value = value * gate * sigmoid(gate)
+            keep = _keep(drop, row * L, start + t, L, HAS_DROP)
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
-            entered = value[None, :] * tl.load(W_at + t * N + tl.arange(0, N))[:, None]
+            entered = value[None, :] * W_here[:, None]
             states = a * (states + entered) if ADJOINT else a * states + entered
             whole += step
             kept *= keep
@@ -165,150 +195,157 @@ def edges(
     _store_by_state(edge + (row * tiles + tile) * N * E, states, channel, inside, E, N)
 
 
-@triton.jit
+@_walk
 def chain(
-    edge, decay, A, first, entering, last, E, tiles, N: tl.constexpr, HAS_FIRST: tl.constexpr,
-    LEFTWARD: tl.constexpr, WIDTH: tl.constexpr, U: tl.constexpr,
+    edge, decay, A, first, entering, last, leftward, E, tiles, N: tl.constexpr, HAS_FIRST: tl.constexpr,
+    WIDTH: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Scan over tiles: what enters each of them and what leaves the last one. One lane is one (state, channel)."""
     row = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     inside = lane < E * N
+    begin, way = _order(leftward, tiles)
     rate = tl.load(A + lane, inside, 0.0)
     carried = tl.zeros([WIDTH], tl.float32)
     if HAS_FIRST:
         carried = tl.load(first + row * E * N + lane, inside, 0.0)
-    begin = tiles - 1 if LEFTWARD else 0
     tl.store(entering + (row * tiles + begin) * E * N + lane, carried, inside)
     u = tl.arange(0, U)[:, None]
     for k0 in range(0, tiles, U):
         k = k0 + u
-        tile = tiles - 1 - k if LEFTWARD else k
         real = (k < tiles) & inside[None, :]
-        at = (row * tiles + tile) * E
+        at = (row * tiles + begin + k * way) * E
         span = tl.load(decay + at + (lane % E)[None, :], real, 0.0)
         a = tl.where(span == span, tl.exp2(rate[None, :] * span), 0.0)
         x = tl.load(edge + at * N + lane[None, :], real, 0.0)
         a, x = tl.associative_scan((a, x), 0, _then)
-        x = x + a * carried[None, :]
-        after = -1 if LEFTWARD else 1
-        tl.store(entering + (row * tiles + tile + after) * E * N + lane[None, :], x, real & (k + 1 < tiles))
+        x = x + a * tl.expand_dims(carried, 0)
+        tl.store(entering + (at + way * E) * N + lane[None, :], x, real & (k + 1 < tiles))
         carried = tl.sum(tl.where(u == U - 1, x, 0.0), 0)
     tl.store(last + row * E * N + lane, carried, inside)
 
 
-@triton.jit(do_not_specialize=["one"])
+@_walk
 def forward(
     u, dt, z, B, C, A, D, bias, drop, lengths, entering, y,
-    one, E, L, tiles, groups, u_b, u_l, u_e, dt_b, dt_l, dt_e, z_b, z_l, z_e, y_b, y_l, y_e,
+    add, leftward, one, E, L, T, tiles, groups, u_b, u_l, u_e, dt_b, dt_l, dt_e, z_b, z_l, z_e, y_b, y_l, y_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr,
+    HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """Scan each tile from the state that enters it; the result is added to what is there where ADD."""
-    row, tile, channel, inside, start, ends, lasts = _place(lengths, E, L, groups, 0, one, HAS_LENGTHS, BD, T)
+    """Scan each tile from the state that enters it; the result is added to what is there where `add` is not 0."""
+    row, tile, channel, inside, start, real, stored = _place(lengths, E, L, T, groups, 0, one, HAS_LENGTHS, BD)
+    begin, way = _order(leftward, T)
     wide = channel.to(tl.int64)
+    first = start + begin
     rate_bias = tl.load(bias + channel, inside, 0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + channel, inside, 0.0) if HAS_D else 0.0
-    u_at = u + row * u_b + start * u_l + wide * u_e
-    dt_at = dt + row * dt_b + start * dt_l + wide * dt_e
-    y_at = y + row * y_b + start * y_l + wide * y_e
-    at = (row * tiles * T + start) * N
-    B_at, C_at = B + at, C + at
-    rates = _by_state(A, channel, inside, E, N, BD)
-    states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
+    u_at = u + row * u_b + first * u_l + wide * u_e
+    dt_at = dt + row * dt_b + first * dt_l + wide * dt_e
+    z_at = z + row * z_b + first * z_l + wide * z_e if HAS_Z else u_at
+    y_at = y + row * y_b + first * y_l + wide * y_e
+    H: tl.constexpr = N // 2 if B.dtype.element_ty == tl.int32 else N
+    shared = (row * tiles * T + first) * H + tl.arange(0, H)
+    B_at, C_at = B + shared, C + shared
+    rates = _by_state(A, channel, inside, E, N)
+    states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N)
+    added = tl.where(add != 0, stored, 0)
+    next_raw = _several(dt_at, 0, dt_l * way, begin, way, real, U)
+    next_values = _several(u_at, 0, u_l * way, begin, way, real, U)
+    next_gates = _several(z_at, 0, z_l * way, begin, way, real, U) if HAS_Z else next_values
+    next_B, next_C = tl.load(B_at), tl.load(C_at)
     for i in range(0, T, U):
-        raw = _several(dt_at, i, start, ends, dt_l, REVERSE, EVEN, T, U)
-        values = _several(u_at, i, start, ends, u_l, REVERSE, EVEN, T, U)
-        gates = values
-        others = values
-        if HAS_Z:
-            z_at = z + row * z_b + start * z_l + wide * z_e
-            gates = _several(z_at, i, start, ends, z_l, REVERSE, EVEN, T, U)
-        if ADD:
-            others = _several(y_at, i, start, lasts, y_l, REVERSE, EVEN, T, U)
+        raw, values, gates = next_raw, next_values, next_gates
+        ahead = tl.minimum(i + U, T - U)
+        next_raw = _several(dt_at, ahead, dt_l * way, begin, way, real, U)
+        next_values = _several(u_at, ahead, u_l * way, begin, way, real, U)
+        next_gates = _several(z_at, ahead, z_l * way, begin, way, real, U) if HAS_Z else next_values
+        others = _several(y_at, i, y_l * way, begin, way, added, U)
         for k in tl.static_range(U):
-            t = T - 1 - i - k if REVERSE else i + k
-            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
-            value = step * values[k]
-            keep = _keep(drop, row * L, L, start + t, HAS_DROP)
-            result = skip * values[k]
+            t = begin + (i + k) * way
+            B_here, C_here = _unpacked(next_B, N), _unpacked(next_C, N)
+            following = tl.minimum(i + k + 1, T - 1) * (way * H)
+            next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
+            step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
+            value = values[k].to(tl.float32)
+            keep = _keep(drop, row * L, start + t, L, HAS_DROP)
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
-            states = a * states + value[None, :] * tl.load(B_at + t * N + tl.arange(0, N))[:, None]
-            result += tl.sum(tl.load(C_at + t * N + tl.arange(0, N))[:, None] * states, 0)
+            states = a * states + (step * value)[None, :] * B_here[:, None]
+            result = skip * value + tl.sum(C_here[:, None] * states, 0)
             if HAS_Z:
-                result = result * gates[k] * sigmoid(gates[k])
-            if not EVEN:
-                result = tl.where(start + t < ends, result, 0.0)
-            if ADD:
-                result += others[k]
-            tl.store(y_at + t * y_l, result.to(y.dtype.element_ty), start + t < lasts)
+                gate = gates[k].to(tl.float32)
+                result = result * gate * sigmoid(gate)
+            if HAS_LENGTHS:
+                result = tl.where(t < real, result, 0.0)
+            result += others[k].to(tl.float32)
+            tl.store(y_at + (i + k) * (y_l * way), result.to(y.dtype.element_ty), t < stored)
 
 
-@triton.jit(do_not_specialize=["one"])
-def backward(
-    u, dt, z, B, C, A, D, bias, drop, lengths, entering, adjoint, dy, du, ddt, dz, partial, dA_parts, dB_parts,
-    dC_parts, dD_parts, dbias_parts, first_tile, piece,
-    one, E, L, tiles, groups, u_b, u_l, u_e, dt_b, dt_l, dt_e, z_b, z_l, z_e, dy_b, dy_l, dy_e, du_b, du_l, du_e,
-    ddt_b, ddt_l, ddt_e, dz_b, dz_l, dz_e,
+@_walk
+def backward_adjoint(
+    u, dt, z, B, C, A, D, bias, drop, lengths, entering, adjoint, dy, du, partial, dA_parts, dB_parts, dD_parts, handed,
+    first_tile, piece, leftward, one, E, L, T, tiles, groups, u_b, u_l, u_e, dt_b, dt_l, dt_e, z_b, z_l, z_e,
+    dy_b, dy_l, dy_e, du_b, du_l, du_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk each tile from its end with adjoints, then from its start with states; dz is added to where ADD.
+    """Walk each tile from its end with adjoints: gradients of u, B and D, and what `backward_state` needs of these.
 
-    Registers leave room for few warps, which hide little: each walk loads what it needs next before it needs it.
+    Registers leave room for few warps, which hide little: both walks load what they need next before they need it.
     """
-    row, tile, channel, inside, start, ends, lasts = _place(lengths, E, L, groups, first_tile, one, HAS_LENGTHS, BD, T)
+    row, tile, channel, inside, start, real, stored = _place(lengths, E, L, T, groups, first_tile, one, HAS_LENGTHS, BD)
+    begin, way = _order(leftward, T)
     wide = channel.to(tl.int64)
+    first = start + begin
     rate_bias = tl.load(bias + channel, inside, 0.0) if HAS_BIAS else 0.0
     skip = tl.load(D + channel, inside, 0.0) if HAS_D else 0.0
-    u_at = u + row * u_b + start * u_l + wide * u_e
-    dt_at = dt + row * dt_b + start * dt_l + wide * dt_e
-    z_at = z + row * z_b + start * z_l + wide * z_e if HAS_Z else u_at
-    dy_at = dy + row * dy_b + start * dy_l + wide * dy_e
-    at = (row * tiles * T + start) * N
-    B_at, C_at = B + at, C + at
-    n = tl.arange(0, N)
-    # Within the piece: what this kernel keeps for itself, and parts, which lie as (row, group, position, state).
-    inner = (tile - first_tile) * T
+    u_at = u + row * u_b + first * u_l + wide * u_e
+    dt_at = dt + row * dt_b + first * dt_l + wide * dt_e
+    z_at = z + row * z_b + first * z_l + wide * z_e if HAS_Z else u_at
+    dy_at = dy + row * dy_b + first * dy_l + wide * dy_e
+    du_at = du + row * du_b + first * du_l + wide * du_e
+    shared = (row * tiles * T + first) * N + tl.arange(0, N)
+    B_at, C_at = B + shared, C + shared
+    # Within the piece: what is left for the other walk, and parts, which lie as (row, group, position, state).
+    inner = (tile - first_tile) * T + begin
     partial_at = partial + (row * piece + inner) * E + wide
-    parts_at = ((row * groups + tl.program_id(0) % groups) * piece + inner) * N
+    parts_at = dB_parts + ((row * groups + tl.program_id(0) % groups) * piece + inner) * N
     even, odd = _chosen(0, PRECISION), _chosen(1, PRECISION)
     nothing = tl.zeros([N * BD // 32, 16], tl.float32)
-    rates = _by_state(A, channel, inside, E, N, BD)
-    passed = _by_state(adjoint + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
+    edge = (row * tiles + tile) * N * E
+    rates = _by_state(A, channel, inside, E, N)
+    passed = _by_state(adjoint + edge, channel, inside, E, N)
     d_A = tl.zeros([N, BD], tl.float32)
     d_D = tl.zeros([BD], tl.float32)
-    d_bias = tl.zeros([BD], tl.float32)
     # Steps after a position, and the sum of g b A over those from it on.
     rest = tl.zeros([BD], tl.float32)
     fed = tl.zeros([BD], tl.float32)
-    BACK: tl.constexpr = REVERSE == _FALSE
-    next_raw = _several(dt_at, 0, start, ends, dt_l, BACK, EVEN, T, U)
-    next_inputs = _several(u_at, 0, start, ends, u_l, BACK, EVEN, T, U)
-    next_grads = _several(dy_at, 0, start, ends, dy_l, BACK, EVEN, T, U)
-    next_gates = _several(z_at, 0, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else next_inputs
-    t_first = T - 1 if BACK else 0
-    next_B, next_C = tl.load(B_at + t_first * N + n), tl.load(C_at + t_first * N + n)
+    next_raw = _several(dt_at, 0, dt_l * way, begin, way, real, U)
+    next_inputs = _several(u_at, 0, u_l * way, begin, way, real, U)
+    next_grads = _several(dy_at, 0, dy_l * way, begin, way, real, U)
+    next_gates = _several(z_at, 0, z_l * way, begin, way, real, U) if HAS_Z else next_inputs
+    next_B, next_C = tl.load(B_at), tl.load(C_at)
     for i in range(0, T, U):
         raw, inputs, grads, gates = next_raw, next_inputs, next_grads, next_gates
         ahead = tl.minimum(i + U, T - U)
-        next_raw = _several(dt_at, ahead, start, ends, dt_l, BACK, EVEN, T, U)
-        next_inputs = _several(u_at, ahead, start, ends, u_l, BACK, EVEN, T, U)
-        next_grads = _several(dy_at, ahead, start, ends, dy_l, BACK, EVEN, T, U)
-        next_gates = _several(z_at, ahead, start, ends, z_l, BACK, EVEN, T, U) if HAS_Z else next_inputs
+        next_raw = _several(dt_at, ahead, dt_l * way, begin, way, real, U)
+        next_inputs = _several(u_at, ahead, u_l * way, begin, way, real, U)
+        next_grads = _several(dy_at, ahead, dy_l * way, begin, way, real, U)
+        next_gates = _several(z_at, ahead, z_l * way, begin, way, real, U) if HAS_Z else next_inputs
         sums = nothing
         for k in tl.static_range(U):
-            t = T - 1 - i - k if BACK else i + k
-            B_here, C_here = next_B, next_C
-            t_next = tl.maximum(t - 1, 0) if BACK else tl.minimum(t + 1, T - 1)
-            next_B, next_C = tl.load(B_at + t_next * N + n), tl.load(C_at + t_next * N + n)
-            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
-            value = step * inputs[k]
-            grad = grads[k] * gates[k] * sigmoid(gates[k]) if HAS_Z else grads[k]
-            keep = _keep(drop, row * L, L, start + t, HAS_DROP)
+            t = begin + (i + k) * way
+            B_here, C_here = next_B.to(tl.float32), next_C.to(tl.float32)
+            following = tl.minimum(i + k + 1, T - 1) * (way * N)
+            next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
+            step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
+            input_ = inputs[k].to(tl.float32)
+            value = step * input_
+            grad = grads[k].to(tl.float32)
+            if HAS_Z:
+                gate = gates[k].to(tl.float32)
+                grad = grad * gate * sigmoid(gate)
+            keep = _keep(drop, row * L, start + t, L, HAS_DROP)
             weight = rest * value
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
@@ -321,81 +358,114 @@ def backward(
                 sums = _add_sums(nothing, g * value[None, :], even, N, BD, PRECISION)
             else:
                 sums = _add_sums(sums, g * value[None, :], odd, N, BD, PRECISION)
-                before = t + 1 if BACK else t - 1
-                _store_sums(sums, dB_parts + parts_at + before * N, start + before, L, N, BD, BACK)
-            stored = start + t < lasts
+                _store_sums(sums, parts_at + (i + k - 1) * (way * N), way, N, BD)
             fed += value * tl.sum(rates * read, 0)
             rest += step
-            d_D += grad * inputs[k]
-            tl.store(partial_at + t * E, d_value * inputs[k] - fed * _LN2, stored)
+            d_D += grad * input_
+            tl.store(partial_at + (i + k) * (way * E), d_value * input_ - fed * _LN2, inside)
             d_u = (skip * grad + step * d_value).to(du.dtype.element_ty)
-            tl.store(du + row * du_b + start * du_l + wide * du_e + t * du_l, d_u, stored)
+            tl.store(du_at + (i + k) * (du_l * way), d_u, t < stored)
     # Both factors of q at the tile's first position.
-    states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
-    q = passed * states
-    decayed = fed + tl.sum(rates * q, 0)
-    d_A += rest[None, :] * q
-    dz_at = dz + row * dz_b + start * dz_l + wide * dz_e if HAS_Z else partial_at
-    next_raw = _several(dt_at, 0, start, ends, dt_l, REVERSE, EVEN, T, U)
-    next_inputs = _several(u_at, 0, start, ends, u_l, REVERSE, EVEN, T, U)
-    next_grads = _several(dy_at, 0, start, ends, dy_l, REVERSE, EVEN, T, U)
-    next_partials = _several(partial_at, 0, start, lasts, E, REVERSE, EVEN, T, U)
-    next_gates = _several(z_at, 0, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_inputs
-    next_others = _several(dz_at, 0, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else next_inputs
-    t_first = T - 1 if REVERSE else 0
-    next_B, next_C = tl.load(B_at + t_first * N + n), tl.load(C_at + t_first * N + n)
+    q = passed * _by_state(entering + edge, channel, inside, E, N)
+    _store_by_state(dA_parts + edge, d_A + rest[None, :] * q, channel, inside, E, N)
+    handed_at = handed + (row * tiles + tile) * 2 * E + channel
+    tl.store(handed_at, rest, inside)
+    tl.store(handed_at + E, fed + tl.sum(rates * q, 0), inside)
+    if HAS_D:
+        tl.store(dD_parts + (row * tiles + tile) * E + channel, d_D, inside)
+
+
+@_walk
+def backward_state(
+    u, dt, z, B, C, A, D, bias, drop, lengths, entering, dy, ddt, dz, partial, dA_parts, dC_parts, dbias_parts, handed,
+    add, first_tile, piece, leftward, one, E, L, T, tiles, groups, u_b, u_l, u_e, dt_b, dt_l, dt_e, z_b, z_l, z_e,
+    dy_b, dy_l, dy_e, ddt_b, ddt_l, ddt_e, dz_b, dz_l, dz_e,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk each tile from its start with states: gradients of dt, z, A, C and bias; dz is added to where `add`."""
+    row, tile, channel, inside, start, real, stored = _place(lengths, E, L, T, groups, first_tile, one, HAS_LENGTHS, BD)
+    begin, way = _order(leftward, T)
+    wide = channel.to(tl.int64)
+    first = start + begin
+    rate_bias = tl.load(bias + channel, inside, 0.0) if HAS_BIAS else 0.0
+    skip = tl.load(D + channel, inside, 0.0) if HAS_D else 0.0
+    u_at = u + row * u_b + first * u_l + wide * u_e
+    dt_at = dt + row * dt_b + first * dt_l + wide * dt_e
+    z_at = z + row * z_b + first * z_l + wide * z_e if HAS_Z else u_at
+    dy_at = dy + row * dy_b + first * dy_l + wide * dy_e
+    ddt_at = ddt + row * ddt_b + first * ddt_l + wide * ddt_e
+    dz_at = dz + row * dz_b + first * dz_l + wide * dz_e if HAS_Z else ddt_at
+    shared = (row * tiles * T + first) * N + tl.arange(0, N)
+    B_at, C_at = B + shared, C + shared
+    inner = (tile - first_tile) * T + begin
+    partial_at = partial + (row * piece + inner) * E + wide
+    parts_at = dC_parts + ((row * groups + tl.program_id(0) % groups) * piece + inner) * N
+    even, odd = _chosen(0, PRECISION), _chosen(1, PRECISION)
+    nothing = tl.zeros([N * BD // 32, 16], tl.float32)
+    edge = (row * tiles + tile) * N * E
+    rates = _by_state(A, channel, inside, E, N)
+    states = _by_state(entering + edge, channel, inside, E, N)
+    d_A = _by_state(dA_parts + edge, channel, inside, E, N)
+    d_bias = tl.zeros([BD], tl.float32)
+    handed_at = handed + (row * tiles + tile) * 2 * E + channel
+    rest = tl.load(handed_at, inside, 0.0)
+    decayed = tl.load(handed_at + E, inside, 0.0)
+    added = tl.where(add != 0, stored, 0)
+    whole = tl.where(inside, T, 0)
+    next_raw = _several(dt_at, 0, dt_l * way, begin, way, real, U)
+    next_inputs = _several(u_at, 0, u_l * way, begin, way, real, U)
+    next_grads = _several(dy_at, 0, dy_l * way, begin, way, real, U)
+    next_partials = _several(partial_at, 0, E * way, begin, way, whole, U)
+    next_gates = _several(z_at, 0, z_l * way, begin, way, real, U) if HAS_Z else next_inputs
+    next_B, next_C = tl.load(B_at), tl.load(C_at)
     for i in range(0, T, U):
-        raw, inputs, grads, gates = next_raw, next_inputs, next_grads, next_gates
-        partials, others = next_partials, next_others
+        raw, inputs, grads, gates, partials = next_raw, next_inputs, next_grads, next_gates, next_partials
         ahead = tl.minimum(i + U, T - U)
-        next_raw = _several(dt_at, ahead, start, ends, dt_l, REVERSE, EVEN, T, U)
-        next_inputs = _several(u_at, ahead, start, ends, u_l, REVERSE, EVEN, T, U)
-        next_grads = _several(dy_at, ahead, start, ends, dy_l, REVERSE, EVEN, T, U)
-        next_partials = _several(partial_at, ahead, start, lasts, E, REVERSE, EVEN, T, U)
-        next_gates = _several(z_at, ahead, start, ends, z_l, REVERSE, EVEN, T, U) if HAS_Z else next_inputs
-        next_others = _several(dz_at, ahead, start, lasts, dz_l, REVERSE, EVEN, T, U) if HAS_Z and ADD else next_inputs
+        next_raw = _several(dt_at, ahead, dt_l * way, begin, way, real, U)
+        next_inputs = _several(u_at, ahead, u_l * way, begin, way, real, U)
+        next_grads = _several(dy_at, ahead, dy_l * way, begin, way, real, U)
+        next_partials = _several(partial_at, ahead, E * way, begin, way, whole, U)
+        next_gates = _several(z_at, ahead, z_l * way, begin, way, real, U) if HAS_Z else next_inputs
+        others = _several(dz_at, i, dz_l * way, begin, way, added, U) if HAS_Z else inputs
         sums = nothing
         for k in tl.static_range(U):
-            t = T - 1 - i - k if REVERSE else i + k
-            B_here, C_here = next_B, next_C
-            t_next = tl.maximum(t - 1, 0) if REVERSE else tl.minimum(t + 1, T - 1)
-            next_B, next_C = tl.load(B_at + t_next * N + n), tl.load(C_at + t_next * N + n)
-            step = _steps(raw[k], rate_bias, start + t < ends, SOFTPLUS, EVEN)
-            value = step * inputs[k]
-            s = sigmoid(gates[k])
-            grad = grads[k] * gates[k] * s if HAS_Z else grads[k]
-            keep = _keep(drop, row * L, L, start + t, HAS_DROP)
+            t = begin + (i + k) * way
+            B_here, C_here = next_B.to(tl.float32), next_C.to(tl.float32)
+            following = tl.minimum(i + k + 1, T - 1) * (way * N)
+            next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
+            step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
+            input_ = inputs[k].to(tl.float32)
+            grad = grads[k].to(tl.float32)
+            d_gate = grad
+            if HAS_Z:
+                gate = gates[k].to(tl.float32)
+                s = sigmoid(gate)
+                d_gate = grad * s * (1.0 + gate * (1.0 - s))
+                grad = grad * gate * s
+            keep = _keep(drop, row * L, start + t, L, HAS_DROP)
             rest -= step
             weight = rest * grad
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
-            states = a * states + value[None, :] * B_here[:, None]
+            states = a * states + (step * input_)[None, :] * B_here[:, None]
             read = states * C_here[:, None]
             d_A -= weight[None, :] * read
-            out = skip * inputs[k] + tl.sum(read, 0)
             if k % 2 == 0:
                 sums = _add_sums(nothing, states * grad[None, :], even, N, BD, PRECISION)
             else:
                 sums = _add_sums(sums, states * grad[None, :], odd, N, BD, PRECISION)
-                before = t + 1 if REVERSE else t - 1
-                _store_sums(sums, dC_parts + parts_at + before * N, start + before, L, N, BD, REVERSE)
-            stored = start + t < lasts
+                _store_sums(sums, parts_at + (i + k - 1) * (way * N), way, N, BD)
             d_step = partials[k] + decayed * _LN2
             decayed -= grad * tl.sum(rates * read, 0)
             if SOFTPLUS:
-                d_step = d_step * sigmoid(raw[k] + rate_bias)
-            if not EVEN:
-                d_step = tl.where(start + t < ends, d_step, 0.0)
+                d_step = d_step * softplus_slope(raw[k].to(tl.float32) + rate_bias)
+            d_step = tl.where(t < real, d_step, 0.0)
             d_bias += d_step
-            ddt_at = ddt + row * ddt_b + start * ddt_l + wide * ddt_e + t * ddt_l
-            tl.store(ddt_at, d_step.to(ddt.dtype.element_ty), stored)
+            tl.store(ddt_at + (i + k) * (ddt_l * way), d_step.to(ddt.dtype.element_ty), t < stored)
             if HAS_Z:
-                d_z = grads[k] * out * s * (1.0 + gates[k] * (1.0 - s))
-                if ADD:
-                    d_z += others[k]
-                tl.store(dz_at + t * dz_l, d_z.to(dz.dtype.element_ty), stored)
-    _store_by_state(dA_parts + (row * tiles + tile) * N * E, d_A, channel, inside, E, N)
-    if HAS_D:
-        tl.store(dD_parts + (row * tiles + tile) * E + channel, d_D, inside)
+                d_z = d_gate * (skip * input_ + tl.sum(read, 0)) + others[k].to(tl.float32)
+                tl.store(dz_at + (i + k) * (dz_l * way), d_z.to(dz.dtype.element_ty), t < stored)
+    _store_by_state(dA_parts + edge, d_A, channel, inside, E, N)
     if HAS_BIAS:
         tl.store(dbias_parts + (row * tiles + tile) * E + channel, d_bias, inside)

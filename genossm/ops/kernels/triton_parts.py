@@ -16,13 +16,19 @@ def sigmoid(x):
 
 @triton.jit
 def softplus(x):
-    """Return log(1 + exp(x)) = max(x, 0) + 2 artanh(e / (2 + e)) with e = exp(-|x|): exact to float32 on both sides."""
+    """Return log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|): exact to float32 on both sides."""
     e = tl.exp2(-tl.abs(x) * _LOG2E)
-    s = e / (2.0 + e)
-    # The series of 2 artanh(s) / s in s^2 <= 1 / 9, its last term weighted for all that follow.
-    q = s * s
-    series = 2.0 + q * (0.6666667 + q * (0.4 + q * (0.2857143 + q * (0.22222222 + q * 0.2020))))
-    return tl.maximum(x, 0.0) + s * series
+    # The polynomial of log(1 + e) / e whose largest relative error on [0, 1] is least, 3e-8; it needs no quotient.
+    p = 0.191060052 + e * (-0.136632428 + e * (0.0782259107 + e * (-0.0295052137 + e * 0.00523268804)))
+    p = 0.99999994 + e * (-0.499994934 + e * (0.333190978 + e * (-0.24842982 + e * p)))
+    return tl.maximum(x, 0.0) + e * p
+
+
+@triton.jit
+def softplus_slope(x):
+    """Return the derivative of `softplus`, from the exponential that it takes."""
+    e = tl.exp2(-tl.abs(x) * _LOG2E)
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
