@@ -3,15 +3,26 @@
 import dataclasses
 import importlib
 import json
+import logging
+import math
+import os
 import pkgutil
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from genossm.files import write_atomically
 
+if TYPE_CHECKING:
+    from genossm.benchmarks.base import Comparison
+
+_log = logging.getLogger(__name__)
+_SINGLE = 4
+"""Times the seconds of a comparison from which its runs are single."""
+_SUMMARIES = ("scaling", "longest")
 _COLUMNS = ("comparison", "variant", "ms", "tokens/s", "speed", "peak MiB", "held MiB", "target")
 
 
@@ -19,7 +30,7 @@ def topics() -> list[str]:
     """Return what can be measured: the modules of `genossm.benchmarks`."""
     import genossm.benchmarks as folder
 
-    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in ("base", "published"))
+    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name not in ("base", "published", "sweep"))
 
 
 def bench(
@@ -31,6 +42,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json")] = False,
     out: Path | None = None,
     resume: bool = False,
+    limit: float = 0,
+    memory: float = 0,
 ) -> list[dict[str, Any]]:
     """Measure a topic: data, ops, train, …; each row's ratio is to the first variant of its comparison.
 
@@ -49,6 +62,8 @@ def bench(
         out: also write the rows to this file, as JSON, with the machine, after each comparison; scaling and generation
             are drawn beside it.
         resume: keep the comparisons that out holds already, and measure only the others.
+        limit: seconds for all of it; what would take longer is left out, and said. 0: no limit.
+        memory: GiB that a run may take; more is out of memory. 0: what the machine has.
 
     Returns:
         The rows.
@@ -59,7 +74,6 @@ def bench(
     import torch
     from rich.console import Console
 
-    from genossm.benchmarks.base import measure
     from genossm.plot import BENCHES, plot
 
     if topic not in topics():
@@ -76,16 +90,16 @@ def bench(
         )
     console, progress = Console(), Console(stderr=True)
     rows = _held(out, topic, machine(chosen)) if resume else []
-    held = {row["comparison"] for row in rows}
+    plan = _Plan(chosen, seconds, limit, memory)
     for comparison in wanted:
-        if comparison.name in held:
+        if any(row["comparison"] == comparison.name for row in rows):
             continue
         with progress.status(comparison.name) as status:
 
             def report(what: str, name: str = comparison.name, show: Callable[[str], None] = status.update) -> None:
                 show(f"{name}: {what}")
 
-            new = [dataclasses.asdict(row) for row in measure(comparison, chosen, seconds, report=report)]
+            new = plan.run(comparison, rows, report)
         rows += new
         if as_json:
             for row in new:
@@ -95,12 +109,81 @@ def bench(
             write_atomically(out, lambda path, text=text: path.write_text(text))
     if not as_json:
         console.print(table(topic, rows, machine(chosen)))
-    if topic == "scaling":
-        for series, power in module.exponents(rows).items():
-            console.print(f"{series}: time grows with length^{power:.2f}", highlight=False)
+    if topic in _SUMMARIES:
+        for line in module.summary(rows):
+            console.print(line, highlight=False)
     if out is not None and topic in BENCHES:
         console.print(str(plot(out, out=out.with_suffix(".png"), overwrite=True).path))
     return rows
+
+
+class _Plan:
+    """What is run, and how, within the time and the memory that there are.
+
+    Args:
+        device: where it runs.
+        seconds: time to spend on each comparison, about.
+        limit: seconds for all; 0: no limit.
+        memory: GiB that a run may take; 0: what the machine has.
+    """
+
+    def __init__(self, device: Any, seconds: float, limit: float, memory: float):
+        self.device, self.seconds = device, seconds
+        self.ends = time.monotonic() + limit if limit else math.inf
+        self.room_mib = _room_mib(device, memory)
+
+    def run(
+        self, comparison: "Comparison", rows: list[dict[str, Any]], report: Callable[[str], None]
+    ) -> list[dict[str, Any]]:
+        """Return the rows of a comparison, after those before it; none where they make it needless."""
+        from genossm.benchmarks.base import OUT_OF_MEMORY, measure, unmeasured
+        from genossm.benchmarks.sweep import FAILED, NOT_RUN, Foreseen, Point, foresee, needless
+
+        point = comparison if isinstance(comparison, Point) else None
+        if point is not None and needless(point, rows):
+            return []
+        expected = Foreseen(0.0, 0.0) if point is None else foresee(point, rows)
+        left = self.ends - time.monotonic()
+        # A run that takes long is single, others warm up, tell their memory and are repeated.
+        single = expected.seconds > _SINGLE * self.seconds
+        runs = 1 if single or comparison.once else 4
+        if left <= 0 or expected.seconds * runs > left:
+            about = f", about {expected.seconds:.2g} s a run" if expected.seconds else ""
+            new = [unmeasured(comparison, f"{NOT_RUN}: {max(0, left):.0f} s left{about}")]
+        elif expected.mib > self.room_mib:
+            new = [unmeasured(comparison, OUT_OF_MEMORY)]
+        else:
+            try:
+                new = measure(comparison, self.device, self.seconds, report=report, single=single)
+            except RuntimeError as error:
+                if point is None:
+                    raise
+                _log.warning("%s: %s", comparison.name, error)
+                new = [unmeasured(comparison, f"{FAILED}: {str(error).partition(chr(10))[0]}")]
+        if any((row.peak_mib or 0) > self.room_mib for row in new):
+            new = [unmeasured(comparison, OUT_OF_MEMORY)]
+        return [dataclasses.asdict(row) for row in new]
+
+
+def _room_mib(device: Any, memory: float) -> float:
+    """Return the MiB that a run may take, which a GPU is told.
+
+    Raises:
+        ValueError: there is not as much.
+    """
+    import torch
+
+    whole = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _physical_bytes()
+    if not 0 <= memory * 2**30 <= whole:
+        raise ValueError(f"memory must be between 0 and the {whole / 2**30:.4g} GiB of the machine; got {memory}.")
+    if memory and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(memory * 2**30 / whole, device)
+    return memory * 2**10 or whole / 2**20
+
+
+def _physical_bytes() -> float:
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    return math.prod(os.sysconf(name) for name in names) if hasattr(os, "sysconf") else math.inf
 
 
 def _held(out: Path | None, topic: str, where: str) -> list[dict[str, Any]]:
@@ -109,6 +192,8 @@ def _held(out: Path | None, topic: str, where: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: they are of another topic or machine, or no file is named.
     """
+    from genossm.benchmarks.sweep import NOT_RUN
+
     if out is None:
         raise ValueError("--resume goes on with the rows of a file; say which with --out.")
     if not out.exists():
@@ -118,7 +203,7 @@ def _held(out: Path | None, topic: str, where: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"{out} holds {report['topic']} on {report['machine']}, not {topic} on {where}; choose another out."
         )
-    return report["rows"]
+    return [row for row in report["rows"] if not row["variant"].startswith(NOT_RUN)]
 
 
 def choose_device(name: str) -> Any:
@@ -160,9 +245,9 @@ def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
         shown = (
             row["comparison"] if row["comparison"] != before else "",
             row["variant"],
-            f"{1e3 * row['seconds']:,.3g}" if row["seconds"] < 1 else f"{1e3 * row['seconds']:,.0f}",
+            _milliseconds(row["seconds"]),
             "" if rate is None else f"{rate:,.0f}",
-            f"{row['ratio']:.2f}x",
+            "" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}x",
             "" if peak is None else f"{peak:,.0f}",
             "" if held is None else f"{held:,.2f}",
             row["target"],
@@ -178,3 +263,9 @@ def table(topic: str, rows: list[dict[str, Any]], where: str) -> Any:
     for line in zip(*filled.values(), strict=True):
         table.add_row(*line)
     return table
+
+
+def _milliseconds(seconds: float) -> str:
+    if math.isnan(seconds):
+        return ""
+    return f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"

@@ -215,21 +215,36 @@ def track(rows: Rows, column: str) -> Any:
 def lengths(rows: Rows) -> Any:
     """Draw time over length for rows of `genossm bench scaling`, one line a backbone, training beside inference.
 
-    A line has the fastest variant of each length.
+    A line has the fastest variant of each length; where memory ended, a cross stands at the time that the next length
+    would have taken, had it grown as before.
     """
     figure, panels = _pair(sharey=True)
+    names: list[str] = []
     for work, axes in zip(("training", "inference"), panels, strict=True):
         lines: dict[str, dict[int, float]] = {}
+        ends: dict[str, int] = {}
         for row in rows:
             series, _, length = row["comparison"].rpartition(" ")
             name, _, kind = series.rpartition(" ")
+            names += [name] if name not in names else []
             if kind == work and not math.isnan(row["seconds"]):
                 line = lines.setdefault(name, {})
                 line[int(length)] = min(1e3 * row["seconds"], line.get(int(length), math.inf))
+            elif kind == work and row["variant"] == "out of memory":
+                ends[name] = min(int(length), ends.get(name, int(length)))
         for name, line in lines.items():
-            axes.loglog(*zip(*line.items(), strict=True), marker="o", ms=4, label=name)
+            color = f"C{names.index(name)}"
+            points = sorted(line.items())
+            axes.loglog(*zip(*points, strict=True), marker="o", ms=4, label=name, color=color)
+            if name in ends and len(points) > 1:
+                (x0, y0), (x1, y1) = points[-2:]
+                power = math.log(y1 / y0) / math.log(x1 / x0)
+                y2 = y1 * (ends[name] / x1) ** power
+                axes.plot([x1, ends[name]], [y1, y2], ls=":", marker="x", markevery=[1], ms=7, color=color)
         axes.set(xlabel="length in tokens", title=work)
+        axes.grid(alpha=0.3)
     panels[0].set_ylabel("ms")
+    panels[0].plot([], [], ls=":", marker="x", color="black", label="out of memory")
     panels[0].legend(frameon=False)
     return figure
 

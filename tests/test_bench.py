@@ -55,6 +55,8 @@ def test_unknown_names_are_refused():
         bench("opps")
     with pytest.raises(ValueError, match="'nothing'"):
         bench("ops", only="nothing")
+    with pytest.raises(ValueError, match="memory must be between 0"):
+        bench("ops", memory=1e6)
 
 
 @pytest.mark.parametrize("topic", topics())

@@ -1,6 +1,7 @@
 """How a benchmark is taken: variants of one thing, run in turn in one process, medians, and the peak of memory."""
 
 import ctypes
+import gc
 import math
 import multiprocessing
 import statistics
@@ -14,6 +15,7 @@ import torch
 
 Run = Callable[[], object]
 
+OUT_OF_MEMORY = "out of memory"
 _REPEATS = 15
 """The most runs of a variant in one round."""
 
@@ -62,12 +64,27 @@ class Row:
     """What the variant is held to."""
 
 
+def unmeasured(comparison: Comparison, why: str) -> Row:
+    """Return the row of what gave no time, which says why in place of a variant."""
+    nothing = math.nan
+    return Row(
+        comparison=comparison.name,
+        variant=why,
+        seconds=nothing,
+        ratio=nothing,
+        tokens_per_second=None,
+        peak_mib=None,
+        runs=0,
+    )
+
+
 def measure(
     comparison: Comparison,
     device: torch.device,
     seconds: float = 3.0,
     least: int = 3,
     report: Callable[[str], None] = lambda _: None,
+    single: bool = False,
 ) -> list[Row]:
     """Run the variants of a comparison in turn, round after round, so that a busy machine slows all alike.
 
@@ -81,36 +98,37 @@ def measure(
             where a variant alone takes that long.
         least: rounds.
         report: is told what runs next.
+        single: run each variant once, for time and memory at once: what takes long, of kernels that have run before.
 
     Returns:
         One row a variant, in order; one that says "out of memory" where the device has too little.
     """
     try:
-        return _measure(comparison, device, seconds, least, report)
+        return _measure(comparison, device, seconds, least, report, single)
     except torch.OutOfMemoryError:
         # What does not fit is a result too.
-        return [
-            Row(
-                comparison=comparison.name,
-                variant="out of memory",
-                seconds=math.nan,
-                ratio=math.nan,
-                tokens_per_second=None,
-                peak_mib=None,
-                runs=0,
-            )
-        ]
+        row = unmeasured(comparison, OUT_OF_MEMORY)
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    # What the pass that failed still holds may stand in cycles.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [row]
 
 
 def _measure(
-    comparison: Comparison, device: torch.device, seconds: float, least: int, report: Callable[[str], None]
+    comparison: Comparison,
+    device: torch.device,
+    seconds: float,
+    least: int,
+    report: Callable[[str], None],
+    single: bool,
 ) -> list[Row]:
     report("building")
     variants = comparison.build()
-    repeated = {name: run for name, run in variants.items() if name not in comparison.once}
+    repeated = {name: run for name, run in variants.items() if not single and name not in comparison.once}
     peaks: dict[str, float | None] = dict.fromkeys(variants)
     singles: dict[str, float] = {}
     quickest: dict[str, float] = {}

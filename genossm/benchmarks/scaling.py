@@ -1,6 +1,7 @@
 """Time and memory of the backbones over the length of the sequence, at matched numbers of parameters."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genossm.benchmarks.base import Comparison, Run
 from genossm.benchmarks.mamba import build_transformers
+from genossm.benchmarks.sweep import Point, place
 from genossm.models.base import config_from_dict
 from genossm.models.mamba import MambaLM
 from genossm.ops.backend import installed, use_backend
 
+_log = logging.getLogger(__name__)
 LENGTHS = {
     "cuda": (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22),
     "cpu": (1 << 10, 1 << 12, 1 << 14),
@@ -23,12 +26,13 @@ LENGTHS = {
 """Lengths by kind of device."""
 _LONGEST_THEIRS = {"training": 1 << 10, "inference": 1 << 12}
 """Where transformers' Mamba stops on a CPU: its training takes a time quadratic in the length there."""
+_ATTENTION = ("transformer", "striped_hyena")
+_QUADRATIC = 1 << 16
+"""Where their time begins to grow with the square of the length."""
 _LONGEST_ATTENTION = 1 << 20
-"""Where a Transformer stops: its next length would take minutes a step."""
+"""Where these stop: their next lengths would take half a minute and more a step."""
 _LONGEST_RECORDED = 1 << 16
 """Up to here asking for kernels may take longer than running them, so that a step is also recorded as a CUDA graph."""
-_RECORDED = ("hyenadna", "transformer")
-"""The backbones whose steps a GPU has recorded so far."""
 SHAPES: dict[str, dict[str, Any]] = {
     "hyenadna": {"model_type": "hyenadna", "d_model": 128, "n_layer": 2},
     "caduceus": {"model_type": "caduceus", "d_model": 128, "n_layer": 4},
@@ -42,19 +46,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def comparisons(device: torch.device) -> list[Comparison]:
-    """Return one comparison a backbone, length and kind of work; batch 1, checkpointed where it trains."""
+    """Return a point a backbone, length and kind of work, the shortest first; batch 1, checkpointed where it trains."""
     return [
-        Comparison(
+        Point(
             name=f"{name} {work} {length}",
+            series=f"{name} {work}",
+            length=length,
             build=partial(_build, name, work, length, device),
             tokens=length,
             memory=device.type == "cuda",
+            power=2.0 if name.startswith(_ATTENTION) and length > _QUADRATIC else 1.0,
         )
+        for length in LENGTHS[device.type]
         for name in SHAPES
         if device.type == "cuda" or "cuDNN" not in name
+        if length <= _LONGEST_ATTENTION or not name.startswith(_ATTENTION)
         for work in ("training", "inference")
-        for length in LENGTHS[device.type]
-        if length <= _LONGEST_ATTENTION or "transformer" not in name
     ]
 
 
@@ -80,8 +87,8 @@ def _build(name: str, work: str, length: int, device: torch.device) -> Mapping[s
     run: Callable[..., None] = train if work == "training" else infer
     variants: dict[str, Run] = {} if device.type == "cuda" else {"plain torch": _plainly(run)}
     variants[f"{model.num_parameters():,} parameters"] = run
-    if device.type == "cuda" and length <= _LONGEST_RECORDED and name.startswith(_RECORDED):
-        variants["as a CUDA graph"] = _recorded(partial(run, cached=False))
+    if device.type == "cuda" and length <= _LONGEST_RECORDED:
+        variants |= _recorded(name, partial(run, cached=False))
     if isinstance(model, MambaLM) and _reach_transformers(work, length, device):
         variants["transformers"] = _theirs(model, work, ids_BL)
     return variants
@@ -118,8 +125,8 @@ def _theirs(model: MambaLM, work: str, ids_BL: Tensor) -> Run:
     return run
 
 
-def _recorded(run: Run) -> Run:
-    """Record a run, so that its kernels start without Python."""
+def _recorded(name: str, run: Run) -> dict[str, Run]:
+    """Return a run that was recorded, so that its kernels start without Python, or nothing where it can't be."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -127,9 +134,15 @@ def _recorded(run: Run) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        _log.warning("%s can't be recorded as a CUDA graph: %s", name, str(error).partition("\n")[0])
+        return {}
+    return {"as a CUDA graph": graph.replay}
 
 
 def _attention(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -145,10 +158,10 @@ def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     """Return the seconds of each backbone and kind of work by length, those of its fastest variant that ran."""
     times: dict[str, dict[int, float]] = {}
     for row in rows:
-        series, _, length = row["comparison"].rpartition(" ")
+        series, length = place(row)
         if not math.isnan(row["seconds"]):
             points = times.setdefault(series, {})
-            points[int(length)] = min(row["seconds"], points.get(int(length), math.inf))
+            points[length] = min(row["seconds"], points.get(length, math.inf))
     return times
 
 
@@ -163,3 +176,8 @@ def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             (short, less), (long, more) = sorted(points.items())[-2:]
             powers[series] = math.log(more / less) / math.log(long / short)
     return powers
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the rows come to, in lines."""
+    return [f"{series}: time grows with length^{power:.2f}" for series, power in exponents(rows).items()]
