@@ -109,7 +109,7 @@ class GenomicBenchmark(LabelledData):
         refusals: list[str] = []
         for name in self.providers:
             if name == "intervals" and self.intervals is None:
-                refusals.append("intervals: give data.intervals (the published coordinate files) and data.fasta")
+                refusals.append("intervals: not given (data.intervals)")
                 continue
             try:
                 splits, notes = readers[name]()
@@ -122,7 +122,10 @@ class GenomicBenchmark(LabelledData):
             data = Labelled(target=target, splits=splits, title=self.task, notes=notes)
             save_table(kept[name], splits, target, notes)
             return data
-        raise FileNotFoundError(f"No provider can give {self.task}. " + "; ".join(refusals))
+        raise FileNotFoundError(
+            f"No provider can give {self.task}. {'; '.join(refusals)}. Without a network, data.providers=[intervals]"
+            " cuts it from your genome: data.intervals=FOLDER of the published coordinate files, data.fasta=FASTA."
+        )
 
     def _target(self) -> Target:
         classes = TASKS[self.task].classes

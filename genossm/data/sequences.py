@@ -33,8 +33,9 @@ class Encoded:
         cuts: list[int] = []
         for number, row in enumerate(rows):
             if longest is not None and len(row.sequence) > longest and crop == "error":
+                known = row.name or row.interval
                 raise ValueError(
-                    f"Row {number} ({row.name or row.interval}) has {len(row.sequence)} bp; the model takes at most"
+                    f"Row {number}{f' ({known})' if known else ''} has {len(row.sequence)} bp; the model takes at most"
                     f" {longest}. Take a model with a longer context (model.max_length), or crop with"
                     " loader.crop=center."
                 )

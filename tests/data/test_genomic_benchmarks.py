@@ -87,7 +87,7 @@ def test_mistakes_are_named(tmp_path):
         GenomicBenchmark(task="cohn")
     with pytest.raises(ValueError, match="provider is one of intervals, archive, hub; got drive"):
         GenomicBenchmark(task="human_enhancers_cohn", providers=("drive",))
-    with pytest.raises(FileNotFoundError, match=r"No provider can give .*intervals: give data.intervals"):
+    with pytest.raises(FileNotFoundError, match=r"No provider can give .*intervals: not given .*data.intervals=FOLDER"):
         GenomicBenchmark(task="human_enhancers_cohn", providers=("intervals",), cache=str(tmp_path)).load()
     with pytest.raises(FileNotFoundError, match="No provider"):
         GenomicBenchmark(

@@ -93,7 +93,7 @@ def test_reverse_complement_turns_sequence_and_labels_along_it():
 
 def test_long_sequences_are_an_error_unless_cropped():
     rows = [Example("AAACCCGGG", 0), Example("ACG", 1)]
-    with pytest.raises(ValueError, match=r"Row 0 .* has 9 bp; the model takes at most 5"):
+    with pytest.raises(ValueError, match=r"Row 0 has 9 bp; the model takes at most 5"):
         Encoded(rows, BINARY, longest=5)
     assert alphabet.to_text(Encoded(rows, BINARY, 5, "center").row(0)) == "ACCCG"
     assert alphabet.to_text(Encoded(rows, BINARY, 5, "start").row(0)) == "AAACC"
