@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_launch import launch
+
 _KEPT_BYTES = 1 << 30
 """The spectra of a call, or of its filters alone, are kept for the backward pass up to this size, else made again."""
 _T = 1024
@@ -33,7 +35,7 @@ def _window(decay, times, shift, c, t, L, width):
 
 @triton.jit
 def _pack(
-    x, gate, behind, decay, times, shift, out, L, size, first, width, x_b, x_c, x_t, g_b, g_c, g_t, r_c, r_t,
+    x, gate, behind, decay, times, out, shift, L, size, first, width, x_b, x_c, x_t, g_b, g_c, g_t, r_c, r_t,
     HAS_GATE: tl.constexpr, HAS_BEHIND: tl.constexpr, HAS_WINDOW: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Write x times gate or window, padded with zeros, as pairs; filters of what follows at the end, lag -1 last."""
@@ -322,15 +324,17 @@ def convolve(
         if keeps_both:
             spectra.append(z)
         product = torch.empty_like(z) if keeps_both else z
-        _multiply[(triton.cdiv(size // 2 + 1, _T), pairs, batch)](
-            torch.view_as_real(z), torch.view_as_real(w), torch.view_as_real(product), size, 1 / size, T=_T
-        )
+        launch(
+            _multiply, (triton.cdiv(size // 2 + 1, _T), pairs, batch),
+            (torch.view_as_real(z), torch.view_as_real(w), torch.view_as_real(product)), (size, 1 / size), T=_T,
+        )  # fmt: skip
         # The 1 / n of the inverse transform is in the product.
         del z, w
         product = torch.fft.ifft(product, norm="forward")
-        _finish[(triton.cdiv(length, _T), pairs, batch)](
-            torch.view_as_real(product), x, gate_in, gate_out, skip, y, conv, length, size, first, width,
-            *_steps(x), *_steps(gate_in), *_steps(gate_out),
+        launch(
+            _finish, (triton.cdiv(length, _T), pairs, batch),
+            (torch.view_as_real(product), x, gate_in, gate_out, skip, y, conv),
+            (length, size, first, width, *_steps(x), *_steps(gate_in), *_steps(gate_out)),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
             KEEP=conv is not None, T=_T,
         )  # fmt: skip
@@ -370,25 +374,30 @@ def convolve_backward(
         z = spectra.pop(0) if both else torch.fft.fft(_packed(x, gate_in, None, first, pairs, size))
         d = torch.fft.fft(_packed(dy, gate_out, None, first, pairs, size))
         dw = torch.empty_like(w)
-        _correlate[(triton.cdiv(size // 2 + 1, _T // 2), pairs)](
-            *(torch.view_as_real(s) for s in (d, z, w, dw)), size, batch, 1 / size, T=_T // 2
-        )
+        launch(
+            _correlate, (triton.cdiv(size // 2 + 1, _T // 2), pairs),
+            tuple(torch.view_as_real(s) for s in (d, z, w, dw)), (size, batch, 1 / size), T=_T // 2,
+        )  # fmt: skip
         del z, w
         dw = torch.fft.ifft(dw, norm="forward")
         dk = filters.place(first, count, length)
         d_next = None if d_behind is None else d_behind[first : first + count]
         window = _rows(filters.window, first)
-        _unpack_filter[(blocks, pairs, 1)](
-            torch.view_as_real(dw), dk, d_next, *(window or (None, None, 0.0)), length, size, count, dk.stride(0),
-            0 if d_next is None else d_next.stride(0), HAS_BEHIND=behind is not None, HAS_WINDOW=window is not None,
+        decay, times, shift = window or (None, None, 0.0)
+        launch(
+            _unpack_filter, (blocks, pairs, 1), (torch.view_as_real(dw), dk, d_next, decay, times),
+            (shift, length, size, count, dk.stride(0), 0 if d_next is None else d_next.stride(0)),
+            HAS_BEHIND=behind is not None, HAS_WINDOW=window is not None,
             T=_T,
         )  # fmt: skip
         filters.add(first, dk)
         del dw
         d = torch.fft.ifft(d, norm="forward")
-        _finish_backward[(blocks, pairs, batch)](
-            torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, length, size,
-            first, width, *_steps(dy), *_steps(x), *_steps(gate_in), *_steps(gate_out), dx.stride(0), dx.stride(1),
+        launch(
+            _finish_backward, (blocks, pairs, batch),
+            (torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip),
+            (length, size, first, width, *_steps(dy), *_steps(x), *_steps(gate_in), *_steps(gate_out), dx.stride(0),
+             dx.stride(1)),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
         )  # fmt: skip
     return None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
@@ -428,10 +437,12 @@ def _packed(
     """Return channels `first` to `first + 2 * pairs`, gated or windowed, padded, as complex (B, pairs, size)."""
     batch, width = x_BLD.shape[0], x_BLD.shape[2]
     out = torch.empty(batch, pairs, size, dtype=torch.complex64, device=x_BLD.device)
-    _pack[(triton.cdiv(size, _T), pairs, batch)](
-        x_BLD, gate_BLD, behind_DL, *(window or (None, None, 0.0)), torch.view_as_real(out),
-        length or x_BLD.shape[1], size, first, width,
-        *_steps(x_BLD), *_steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride()),
+    decay, times, shift = window or (None, None, 0.0)
+    launch(
+        _pack, (triton.cdiv(size, _T), pairs, batch),
+        (x_BLD, gate_BLD, behind_DL, decay, times, torch.view_as_real(out)),
+        (shift, length or x_BLD.shape[1], size, first, width,
+         *_steps(x_BLD), *_steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride())),
         HAS_GATE=gate_BLD is not None, HAS_BEHIND=behind_DL is not None, HAS_WINDOW=window is not None, T=_T,
     )  # fmt: skip
     return out
