@@ -75,15 +75,20 @@ def _several(rows, i, step, begin, way, ends, U: tl.constexpr):
 
 
 @triton.jit
-def _by_state(x, channel, inside, E, N: tl.constexpr):
-    """Load [states, channels]: all states of a channel come to one thread."""
-    return tl.load(x + tl.arange(0, N)[:, None] * E + channel[None, :], inside[None, :], 0.0)
+def _by_state(x, channel, inside, E, N: tl.constexpr, BD: tl.constexpr):
+    """Load [states, channels], state by state: Triton 3.6 would share the states of a channel out among threads."""
+    values = tl.zeros([N, BD], tl.float32)
+    for n in range(N):
+        values = tl.where(tl.arange(0, N)[:, None] == n, tl.load(x + n * E + channel, inside, 0.0)[None, :], values)
+    return values
 
 
 @triton.jit
 def _store_by_state(x, values, channel, inside, E, N: tl.constexpr):
     """Undo `_by_state`."""
-    tl.store(x + tl.arange(0, N)[:, None] * E + channel[None, :], values, inside[None, :])
+    for n in range(N):
+        value = tl.sum(tl.where(tl.arange(0, N)[:, None] == n, values, 0.0), 0)
+        tl.store(x + n * E + channel, value, inside)
 
 
 @triton.jit
@@ -158,7 +163,7 @@ def edges(
     z_at = z + row * z_b + first * z_l + wide * z_e if HAS_Z and ADJOINT else x_at
     H: tl.constexpr = N // 2 if W.dtype.element_ty == tl.int32 else N
     W_at = W + (row * tiles * T + first) * H + tl.arange(0, H)
-    rates = _by_state(A, channel, inside, E, N)
+    rates = _by_state(A, channel, inside, E, N, BD)
     states = tl.zeros([N, BD], tl.float32)
     whole = tl.zeros([BD], tl.float32)
     kept = 1.0
@@ -246,8 +251,8 @@ def forward(
     H: tl.constexpr = N // 2 if B.dtype.element_ty == tl.int32 else N
     shared = (row * tiles * T + first) * H + tl.arange(0, H)
     B_at, C_at = B + shared, C + shared
-    rates = _by_state(A, channel, inside, E, N)
-    states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N)
+    rates = _by_state(A, channel, inside, E, N, BD)
+    states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
     added = tl.where(add != 0, stored, 0)
     next_raw = _several(dt_at, 0, dt_l * way, begin, way, real, U)
     next_values = _several(u_at, 0, u_l * way, begin, way, real, U)
@@ -313,8 +318,8 @@ def backward_adjoint(
     even, odd = _chosen(0, PRECISION), _chosen(1, PRECISION)
     nothing = tl.zeros([N * BD // 32, 16], tl.float32)
     edge = (row * tiles + tile) * N * E
-    rates = _by_state(A, channel, inside, E, N)
-    passed = _by_state(adjoint + edge, channel, inside, E, N)
+    rates = _by_state(A, channel, inside, E, N, BD)
+    passed = _by_state(adjoint + edge, channel, inside, E, N, BD)
     d_A = tl.zeros([N, BD], tl.float32)
     d_D = tl.zeros([BD], tl.float32)
     # Steps after a position, and the sum of g b A over those from it on.
@@ -366,7 +371,7 @@ def backward_adjoint(
             d_u = (skip * grad + step * d_value).to(du.dtype.element_ty)
             tl.store(du_at + (i + k) * (du_l * way), d_u, t < stored)
     # Both factors of q at the tile's first position.
-    q = passed * _by_state(entering + edge, channel, inside, E, N)
+    q = passed * _by_state(entering + edge, channel, inside, E, N, BD)
     _store_by_state(dA_parts + edge, d_A + rest[None, :] * q, channel, inside, E, N)
     handed_at = handed + (row * tiles + tile) * 2 * E + channel
     tl.store(handed_at, rest, inside)
@@ -404,9 +409,9 @@ def backward_state(
     even, odd = _chosen(0, PRECISION), _chosen(1, PRECISION)
     nothing = tl.zeros([N * BD // 32, 16], tl.float32)
     edge = (row * tiles + tile) * N * E
-    rates = _by_state(A, channel, inside, E, N)
-    states = _by_state(entering + edge, channel, inside, E, N)
-    d_A = _by_state(dA_parts + edge, channel, inside, E, N)
+    rates = _by_state(A, channel, inside, E, N, BD)
+    states = _by_state(entering + edge, channel, inside, E, N, BD)
+    d_A = _by_state(dA_parts + edge, channel, inside, E, N, BD)
     d_bias = tl.zeros([BD], tl.float32)
     handed_at = handed + (row * tiles + tile) * 2 * E + channel
     rest = tl.load(handed_at, inside, 0.0)
