@@ -130,7 +130,7 @@ class Mamba(nn.Module):
     def direction(self, reverse: bool = False) -> Direction:
         """Return the weights of what stands between the projections."""
         return Direction(
-            self.conv1d.weight[:, 0],
+            self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             self.x_proj.weight,
             self.dt_proj.weight,

@@ -220,12 +220,16 @@ def convolve(
     silu: bool = False,
     reverse: bool = False,
     shift: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """Run the forward kernel; `shift`, for contiguous time alone, is added to the inputs of each channel first."""
+    """Run the forward kernel; `shift`, for contiguous time alone, is added to the inputs of each channel first.
+
+    The result is written to `y` where that is given.
+    """
     batch, length, width = x.shape
     flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
     groups = -(-width // channels)
-    y = empty_like(x)
+    y = empty_like(x) if y is None else y
     kernel, more = (causal_conv1d_walks.forward, ()) if _wide(x) else (_forward, (shift,))
     if not _wide(x):
         flags["HAS_SHIFT"] = shift is not None

@@ -138,12 +138,27 @@ def _selected(
 ) -> tuple[Tensor, Tensor, Scan]:
     """Return the selection's projection, the weight that makes steps of it, and the scan of one direction."""
     w, bias, x_proj, dt_proj, dt_bias, A, D = parameters[:_PARAMETERS]
-    u = causal_conv1d_triton.convolve(x, w, bias, lengths, silu=True, reverse=reverse)
+    u = causal_conv1d_triton.convolve(x, w, bias, lengths, silu=True, reverse=reverse, y=_empty(x))
     rank, states = dt_proj.shape[1], A.shape[1]
-    selection = u @ x_proj.to(u.dtype).T
+    selection = u @ _aligned(x_proj, u.dtype).T
     dt_proj = dt_proj.to(u.dtype)
-    dt, B, C = selection.split([rank, states, states], dim=-1)
-    return selection, dt_proj, Scan(u, dt @ dt_proj.T, A, B, C, D, z, dt_bias, None, lengths, True, reverse)
+    low, B, C = selection.split([rank, states, states], dim=-1)
+    dt = _empty(x)
+    torch.mm(low.flatten(0, 1), dt_proj.T, out=dt.flatten(0, 1))
+    return selection, dt_proj, Scan(u, dt, A, B, C, D, z, dt_bias, None, lengths, True, reverse)
+
+
+def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an empty tensor whose rows begin at multiples of 16 bytes, without which a product takes twice as long."""
+    dtype = dtype or like.dtype
+    step = 16 // dtype.itemsize
+    shape = (*like.shape[:-1], -(-like.shape[-1] // step) * step)
+    return torch.empty(shape, dtype=dtype, device=like.device)[..., : like.shape[-1]]
+
+
+def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another dtype with such rows."""
+    return _empty(weight, dtype).copy_(weight)
 
 
 def _direction_backward(
@@ -164,7 +179,7 @@ def _direction_backward(
     rank = dt_proj.shape[1]
     adjoint, _ = scan.enter(dy, None, adjoint=True)
     # A program reads all that it needs of its steps before it writes their gradient, and nothing else needs them.
-    du, ddt = torch.empty_like(scan.u), scan.dt
+    du, ddt = _empty(scan.u), scan.dt
     d_selection = torch.empty_like(selection)
     d_BC = d_selection[..., rank:].unflatten(-1, (2, scan.states)).permute(2, 0, 1, 3)
     dA, dD, d_bias = scan.backward(dy, entering, adjoint, du, ddt, dz, d_BC, add)
@@ -172,7 +187,7 @@ def _direction_backward(
     _write(d_selection[:, :rank], ddt, dt_proj)
     d_dt_proj = ddt.T @ selection.flatten(0, 1)[:, :rank]
     d_x_proj = d_selection.T @ scan.u.flatten(0, 1)
-    du.flatten(0, 1).addmm_(d_selection, x_proj.to(du.dtype))
+    du.flatten(0, 1).addmm_(d_selection, _aligned(x_proj, du.dtype))
     _, dw, d_conv_bias = causal_conv1d_triton.convolve_backward(
         du, x, w, bias, lengths, silu=True, reverse=reverse, dx=dx, add=add
     )
