@@ -14,7 +14,7 @@ from torch import Tensor
 class Pass(contextlib.AbstractContextManager[None]):
     """A pass over a region: the first, or one that makes it again and takes in turn what the first one put there."""
 
-    def __init__(self, results: list[Tensor], again: bool):
+    def __init__(self, results: list[list[Tensor]], again: bool):
         self.results, self.again, self.taken, self.ending = results, again, 0, False
         self._token: Token[Pass | None] | None = None
 
@@ -32,7 +32,7 @@ _running: ContextVar[Pass | None] = ContextVar("genossm_kept", default=None)
 
 def region() -> tuple[Pass, Pass]:
     """Return the contexts of a region's first pass and of those that make it again, as `checkpoint` asks for them."""
-    results: list[Tensor] = []
+    results: list[list[Tensor]] = []
     return Pass(results, again=False), Pass(results, again=True)
 
 
@@ -66,17 +66,17 @@ def unread() -> bool:
     return running is not None and running.again and running.ending
 
 
-def keep(result: Tensor) -> None:
-    """Hold a result for the passes that make this region again; outside of one, nothing."""
+def keep(*results: Tensor) -> None:
+    """Hold results for the passes that make this region again; outside of one, nothing."""
     running = _running.get()
     if running is not None:
-        running.results.append(result)
+        running.results.append(list(results))
 
 
-def kept() -> Tensor:
-    """Return the next result that the first pass over this region held."""
+def kept() -> list[Tensor]:
+    """Return what the next call of `keep` in the first pass over this region held."""
     running = _running.get()
     assert running is not None
     assert running.again
     running.taken += 1
-    return running.results[running.taken - 1]
+    return list(running.results[running.taken - 1])

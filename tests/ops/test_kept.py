@@ -9,7 +9,7 @@ def test_a_region_hands_out_what_it_kept_each_time_it_is_made_again():
 
     def doubled(x):
         if kept.remaking():
-            held = kept.kept()
+            (held,) = kept.kept()
         else:
             held = 2 * x.detach()
             made.append(held)

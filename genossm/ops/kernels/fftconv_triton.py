@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genossm.ops.kernels.triton_launch import launch
 
-_KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 30
 """The spectra of a call, or of its filters alone, are kept for the backward pass up to this size, else made again."""
 _T = 1024
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -278,7 +278,7 @@ class FFTConv(torch.autograd.Function):
         *tensors, size, train = given
         train = train and any(ctx.needs_input_grad)
         x, k, *rest = tensors
-        y, conv, spectra = convolve(x, Given(k), *rest, size, train=train, keep=train)
+        y, conv, spectra = convolve(x, Given(k), *rest, size, train=train, keep=KEPT_BYTES if train else 0)
         ctx.save_for_backward(*tensors, conv, *spectra)
         ctx.size = size
         return y
@@ -306,12 +306,12 @@ def convolve(
     gate_out: Tensor | None,
     size: int,
     train: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return the result, and for `convolve_backward` what stood before the gate and, with `keep`, small spectra."""
+    """Return the result, and for `convolve_backward` what stood before the gate and spectra of up to `keep` bytes."""
     batch, length, width = x.shape
     step = _step(filters, size, batch)
-    keeps, keeps_both = (keep and 4 * size * width * several <= _KEPT_BYTES for several in (1, 1 + batch))
+    keeps, keeps_both = (spectra_bytes(size, width, several) <= keep for several in (0, batch))
     y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
     conv = torch.empty_like(y) if train and gate_out is not None else None
     spectra: list[Tensor] = []
@@ -401,6 +401,11 @@ def convolve_backward(
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
         )  # fmt: skip
     return None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
+
+
+def spectra_bytes(size: int, width: int, batch: int) -> int:
+    """Return what the spectra of the filters and of so many rows of inputs take."""
+    return 4 * size * width * (1 + batch)
 
 
 def _step(filters: Filters, size: int, batch: int) -> int:

@@ -4,6 +4,7 @@ The short convolution is made again in the backward pass, as are the taps of imp
 gradients of the short convolution's three results are written side by side, as its own backward pass reads them.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
 
 _KEPT_BYTES = 1 << 30
 """A checkpointed layer keeps its long convolution up to this size, and makes it again above: there memory counts."""
+
+
+_SHARE = 16
+"""Part of a GPU's memory that the spectra of all checkpointed layers may take; those of one, half of it."""
+_keeping: "list[weakref.ref[Tensor]]" = []
 
 
 class _Implicit:
@@ -117,23 +123,34 @@ def _mix(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return the result and what the backward pass needs of it.
 
-    A checkpointed layer keeps the long convolution alone, and gates it again.
+    A checkpointed layer keeps the long convolution, which it gates again, and where there is room the spectra.
     """
     w, bias = short
     width = u.shape[2] // 3
     small = u.nbytes // 3 <= _KEPT_BYTES
     if small and kept.remaking():
-        conv = kept.kept()
+        conv, *spectra = kept.kept()
         own = None if shift is None else shift[:width]
         x0 = causal_conv1d_triton.convolve(u[..., :width], w[:width], bias[:width], shift=own)
-        return (conv * x0.transpose(1, 2)).transpose(1, 2), conv, []
+        return (conv * x0.transpose(1, 2)).transpose(1, 2), conv, spectra
     x0, x1, v = causal_conv1d_triton.convolve(u, w, bias, shift=shift).chunk(3, dim=-1)
-    y, made, spectra = fftconv_triton.convolve(
-        v, filters, skip, None, x1, x0, size, train=train, keep=train and not kept.inside()
-    )
+    keep = fftconv_triton.KEPT_BYTES if train else 0
+    if kept.inside():
+        taken = fftconv_triton.spectra_bytes(size, width, len(u))
+        keep = taken if small and taken <= _room(u.device) else 0
+    y, made, spectra = fftconv_triton.convolve(v, filters, skip, None, x1, x0, size, train=train, keep=keep)
     if small and made is not None:
-        kept.keep(made)
+        kept.keep(made, *spectra)
+        _keeping.extend(weakref.ref(spectrum) for spectrum in spectra if kept.inside())
     return y, made, spectra
+
+
+def _room(device: torch.device) -> int:
+    """Return the bytes of spectra that a checkpointed layer may keep beside those of others."""
+    whole = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 36
+    _keeping[:] = [spectrum for spectrum in _keeping if spectrum() is not None]
+    held = sum(spectrum.nbytes for spectrum in (reference() for reference in _keeping) if spectrum is not None)
+    return min(whole // (2 * _SHARE), whole // _SHARE - held)
 
 
 def _mix_backward(

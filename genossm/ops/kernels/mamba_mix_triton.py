@@ -39,12 +39,12 @@ class MambaMix(torch.autograd.Function):
         small = kept.inside() and size <= _most_kept(x.device)
         if small and kept.remaking():
             # Not the kept tensor itself, which would get a gradient's history, and another if it is made once more.
-            y = kept.kept().detach()
-            entering = [kept.kept() for _ in _pieces(y) for _ in reverses]
+            y, *entering = kept.kept()
+            y = y.detach()
         else:
             y, entering = _mixed(x, weight, bias, lengths, reverses, parameters, dtype)
-            for made in (y.detach(), *entering) if small else ():
-                kept.keep(made)
+            if small:
+                kept.keep(y.detach(), *entering)
         ctx.save_for_backward(x, weight, bias, lengths, *parameters, *entering)
         ctx.reverses = reverses
         return y
