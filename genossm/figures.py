@@ -244,7 +244,8 @@ def lengths(rows: Rows) -> Any:
         axes.set(xlabel="length in tokens", title=work)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("ms")
-    panels[0].plot([], [], ls=":", marker="x", color="black", label="out of memory")
+    if any(row["variant"] == "out of memory" for row in rows):
+        panels[0].plot([], [], ls=":", marker="x", color="black", label="out of memory")
     panels[0].legend(frameon=False)
     return figure
 

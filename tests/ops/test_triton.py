@@ -301,10 +301,15 @@ def test_rotate(head_last):
 
 
 @small
-@pytest.mark.parametrize(("most", "times"), [(1 << 30, 2), (0, 4)])
-def test_a_checkpointed_layer_convolves_once_where_the_result_is_small(monkeypatch, most, times):
-    convolved = []
-    monkeypatch.setattr(importlib.import_module("genossm.ops.kernels.hyena_conv_triton"), "_KEPT_BYTES", most)
+@pytest.mark.parametrize(
+    ("most", "share", "times", "transforms"), [(1 << 30, 16, 2, 6), (1 << 30, 1 << 40, 2, 10), (0, 16, 4, 14)]
+)
+def test_a_checkpointed_layer_convolves_once_where_the_result_is_small(monkeypatch, most, share, times, transforms):
+    convolved, transformed, transform = [], [], torch.fft.fft
+    monkeypatch.setattr(torch.fft, "fft", lambda x: (transformed.append(0), transform(x))[1])
+    layer = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
+    monkeypatch.setattr(layer, "_KEPT_BYTES", most)
+    monkeypatch.setattr(layer, "_SHARE", share)
     kernels = importlib.import_module("genossm.ops.kernels.fftconv_triton")
     convolve = kernels.convolve
     monkeypatch.setattr(kernels, "convolve", lambda *a, **k: (convolved.append(0), convolve(*a, **k))[1])
@@ -316,6 +321,8 @@ def test_a_checkpointed_layer_convolves_once_where_the_result_is_small(monkeypat
         found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
         model.zero_grad()
     assert len(convolved) == 2 + times
+    assert len(transformed) == 6 + transforms
+    assert not any(reference() is not None for reference in layer._keeping)
     # A GPU adds up the embedding's gradient in any order; all else is the same bit by bit.
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-8)
 
