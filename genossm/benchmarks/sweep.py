@@ -31,7 +31,7 @@ class Foreseen:
     """What a point will take."""
 
     seconds: float
-    """Of one run of each variant; 0 where nothing is known."""
+    """Of one run of the fastest variant; 0 where nothing is known."""
     mib: float
     """Peak above the inputs; 0 where nothing is known."""
 
@@ -58,8 +58,8 @@ def foresee(point: Point, rows: Rows) -> Foreseen:
     for row in rows:
         series, length = place(row)
         if series == point.series and length < point.length and not math.isnan(row["seconds"]):
-            seconds, mib = known.get(length, (0.0, 0.0))
-            known[length] = seconds + row["seconds"], max(mib, row["peak_mib"] or 0.0)
+            seconds, mib = known.get(length, (math.inf, 0.0))
+            known[length] = min(seconds, row["seconds"]), max(mib, row["peak_mib"] or 0.0)
     if not known:
         return Foreseen(0.0, 0.0)
     *_, (length, (seconds, mib)) = sorted(known.items())

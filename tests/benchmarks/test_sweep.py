@@ -20,7 +20,7 @@ def row(length, seconds=math.nan, variant="v", series="s", mib=None):
 
 
 def test_the_next_length_is_foreseen_from_those_before():
-    rows = [row(4, 1.0, mib=10), row(8, 3.0, mib=16), row(8, 1.0, "other", mib=9), row(16, 100.0, series="t")]
+    rows = [row(4, 1.0, mib=10), row(8, 9.0, mib=16), row(8, 4.0, "other", mib=9), row(16, 100.0, series="t")]
     assert foresee(point(16), rows[:1]).seconds == 4
     assert foresee(point(16, power=2), rows[:1]).seconds == 16
     both = foresee(point(16), rows)
