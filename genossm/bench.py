@@ -177,7 +177,7 @@ def _room_mib(device: Any, memory: float) -> float:
     if not 0 <= memory * 2**30 <= whole:
         raise ValueError(f"memory must be between 0 and the {whole / 2**30:.4g} GiB of the machine; got {memory}.")
     if memory and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(memory * 2**30 / whole, device)
+        torch.cuda.set_per_process_memory_fraction(memory * 2**30 / whole)
     return memory * 2**10 or whole / 2**20
 
 
