@@ -5,7 +5,7 @@ in the backward pass. The directions add to the same result and the same gradien
 checkpointed layer keeps these states and the result, so that none of this runs when the layer is made again.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class MambaMix(torch.autograd.Function):
         d_x = torch.empty_like(x)
         total: list[Tensor | None] = []
         for rows in _pieces(dy):
-            xz = _projected(x[rows], weight, bias, dy.dtype)
+            here = x[rows] if weight is None else _fitted(x[rows], dy.dtype, columns=_whole(x.shape[2], dy.dtype))
+            xz = _projected(here, weight, bias, dy.dtype)
             d_xz = d_x[rows] if weight is None else torch.empty_like(xz)
             (a, z), (da, dz) = xz.chunk(2, dim=-1), d_xz.chunk(2, dim=-1)
             found: list[Tensor | None] = []
@@ -68,9 +69,10 @@ class MambaMix(torch.autograd.Function):
                     *(saved[index * _PARAMETERS : (index + 1) * _PARAMETERS], next(entering), da, dz, index > 0),
                 )
             if weight is not None:
-                d_xz, here = d_xz.flatten(0, 1), x[rows].to(dy.dtype).flatten(0, 1)
-                _write(d_x[rows].flatten(0, 1), d_xz, weight.to(dy.dtype))
-                found = [d_xz.T @ here, None if bias is None else d_xz.sum(0, dtype=torch.float32), *found]
+                d_xz, here = d_xz.flatten(0, 1), here.flatten(0, 1)
+                _write(d_x[rows].flatten(0, 1), d_xz, _fitted(weight, dy.dtype, columns=here.shape[1]))
+                d_weight = (d_xz.T @ here)[:, : x.shape[2]]
+                found = [d_weight, None if bias is None else d_xz.sum(0, dtype=torch.float32), *found]
             total = found if not total else [_sum(*pair) for pair in zip(total, found, strict=True)]
         owners = [*([] if weight is None else [weight, bias]), *saved[: ways * _PARAMETERS]]
         typed = [None if d is None or p is None else d.to(p.dtype) for d, p in zip(total, owners, strict=True)]
@@ -93,7 +95,7 @@ def _mixed(
         for rows in _pieces(y):
             a, z = _projected(x[rows], weight, bias, dtype).chunk(2, dim=-1)
             for index, reverse in enumerate(reverses):
-                _, _, scan = _selected(a, z, _of(lengths, rows), reverse, parameters[index * _PARAMETERS :])
+                scan = _selected(a, z, _of(lengths, rows), reverse, parameters[index * _PARAMETERS :]).scan
                 entering.append(scan.enter(scan.u, None, adjoint=False)[0])
                 scan.forward(entering[-1], y[rows], add=index > 0)
     return y, entering
@@ -106,11 +108,11 @@ def _most_kept(device: torch.device) -> int:
 
 
 def _write(to: Tensor, x: Tensor, w: Tensor) -> None:
-    """Write x w where it belongs, with no copy where dtypes are one."""
-    if to.dtype == x.dtype:
+    """Write x w, up to the width of `to`, with no copy where width and dtype are the same."""
+    if to.dtype == x.dtype and to.shape[1] == w.shape[1]:
         torch.mm(x, w, out=to)
     else:
-        to.copy_(x @ w)
+        to.copy_((x @ w)[:, : to.shape[1]])
 
 
 def _pieces(y: Tensor) -> list[slice]:
@@ -126,39 +128,55 @@ def _of(lengths: Tensor | None, rows: slice) -> Tensor | None:
 def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if weight is None:
         return x
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    x = _fitted(x, dtype, columns=_whole(weight.shape[1], dtype))
+    return F.linear(x, _fitted(weight, dtype, columns=x.shape[2]), None if bias is None else bias.to(dtype))
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return None if one is None or other is None else one.float() + other.float()
 
 
-def _selected(
-    x: Tensor, z: Tensor, lengths: Tensor | None, reverse: bool, parameters: Any
-) -> tuple[Tensor, Tensor, Scan]:
-    """Return the selection's projection, the weight that makes steps of it, and the scan of one direction."""
+class _Way(NamedTuple):
+    """One direction up to its scan. Rows are `_whole`, so that products take their fast way; what is added is 0."""
+
+    selection_MC: Tensor
+    u_MX: Tensor
+    """The convolved input, which the scan sees without what is added."""
+    dt_MX: Tensor
+    """Its steps, likewise."""
+    x_proj_CX: Tensor
+    dt_proj_XR: Tensor
+    scan: Scan
+
+
+def _selected(x: Tensor, z: Tensor, lengths: Tensor | None, reverse: bool, parameters: Any) -> _Way:
+    """Convolve and select."""
     w, bias, x_proj, dt_proj, dt_bias, A, D = parameters[:_PARAMETERS]
-    u = causal_conv1d_triton.convolve(x, w, bias, lengths, silu=True, reverse=reverse, y=_empty(x))
-    rank, states = dt_proj.shape[1], A.shape[1]
-    selection = u @ _aligned(x_proj, u.dtype).T
-    dt_proj = dt_proj.to(u.dtype)
-    low, B, C = selection.split([rank, states, states], dim=-1)
-    dt = _empty(x)
-    torch.mm(low.flatten(0, 1), dt_proj.T, out=dt.flatten(0, 1))
-    return selection, dt_proj, Scan(u, dt, A, B, C, D, z, dt_bias, None, lengths, True, reverse)
+    batch, length, width = x.shape
+    rank, states, whole = dt_proj.shape[1], A.shape[1], _whole(width, x.dtype)
+    u = torch.empty(batch, length, whole, dtype=x.dtype, device=x.device)
+    if whole > width:
+        u[..., width:] = 0
+    causal_conv1d_triton.convolve(x, w, bias, lengths, silu=True, reverse=reverse, y=u[..., :width])
+    x_proj, dt_proj = _fitted(x_proj, x.dtype, columns=whole), _fitted(dt_proj, x.dtype, rows=whole)
+    selection = u.flatten(0, 1) @ x_proj.T
+    dt = selection[:, :rank] @ dt_proj.T
+    _, B, C = selection.view(batch, length, -1).split([rank, states, states], dim=-1)
+    steps = dt.view(batch, length, whole)[..., :width]
+    scan = Scan(u[..., :width], steps, A, B, C, D, z, dt_bias, None, lengths, True, reverse)
+    return _Way(selection, u.flatten(0, 1), dt, x_proj, dt_proj, scan)
 
 
-def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an empty tensor whose rows begin at multiples of 16 bytes, without which a product takes twice as long."""
-    dtype = dtype or like.dtype
+def _whole(width: int, dtype: torch.dtype) -> int:
+    """Return the next width in multiples of 16 bytes: a product of others takes twice as long."""
     step = 16 // dtype.itemsize
-    shape = (*like.shape[:-1], -(-like.shape[-1] // step) * step)
-    return torch.empty(shape, dtype=dtype, device=like.device)[..., : like.shape[-1]]
+    return -(-width // step) * step
 
 
-def _aligned(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a weight in another dtype with such rows."""
-    return _empty(weight, dtype).copy_(weight)
+def _fitted(x: Tensor, dtype: torch.dtype, rows: int = 0, columns: int = 0) -> Tensor:
+    """Return x in another dtype with zeros up to so many rows and columns, or as it is where it has them."""
+    more = (0, max(0, columns - x.shape[-1]), 0, max(0, rows - x.shape[-2]))
+    return F.pad(x.to(dtype), more) if any(more) else x.to(dtype)
 
 
 def _direction_backward(
@@ -174,21 +192,20 @@ def _direction_backward(
     add: bool,
 ) -> list[Tensor | None]:
     """Write (or add) the gradients of x and z; return those of one direction's parameters."""
-    w, bias, x_proj, *_ = parameters
-    selection, dt_proj, scan = _selected(x, z, lengths, reverse, parameters)
-    rank = dt_proj.shape[1]
+    w, bias = parameters[:2]
+    selection, u, ddt, x_proj, dt_proj, scan = _selected(x, z, lengths, reverse, parameters)
+    (batch, length, width), rank = x.shape, dt_proj.shape[1]
     adjoint, _ = scan.enter(dy, None, adjoint=True)
+    du, d_selection = torch.empty_like(u), torch.empty_like(selection)
+    d_u = du.view(batch, length, -1)[..., :width]
+    d_BC = d_selection[:, rank:].view(batch, length, 2, scan.states).permute(2, 0, 1, 3)
     # A program reads all that it needs of its steps before it writes their gradient, and nothing else needs them.
-    du, ddt = _empty(scan.u), scan.dt
-    d_selection = torch.empty_like(selection)
-    d_BC = d_selection[..., rank:].unflatten(-1, (2, scan.states)).permute(2, 0, 1, 3)
-    dA, dD, d_bias = scan.backward(dy, entering, adjoint, du, ddt, dz, d_BC, add)
-    d_selection, ddt = d_selection.flatten(0, 1), ddt.flatten(0, 1)
-    _write(d_selection[:, :rank], ddt, dt_proj)
-    d_dt_proj = ddt.T @ selection.flatten(0, 1)[:, :rank]
-    d_x_proj = d_selection.T @ scan.u.flatten(0, 1)
-    du.flatten(0, 1).addmm_(d_selection, _aligned(x_proj, du.dtype))
+    dA, dD, d_bias = scan.backward(dy, entering, adjoint, d_u, scan.dt, dz, d_BC, add)
+    torch.mm(ddt, dt_proj, out=d_selection[:, :rank])
+    d_dt_proj = (ddt.T @ selection[:, :rank])[:width]
+    d_x_proj = (d_selection.T @ u)[:, :width]
+    du.addmm_(d_selection, x_proj)
     _, dw, d_conv_bias = causal_conv1d_triton.convolve_backward(
-        du, x, w, bias, lengths, silu=True, reverse=reverse, dx=dx, add=add
+        d_u, x, w, bias, lengths, silu=True, reverse=reverse, dx=dx, add=add
     )
     return [dw, d_conv_bias, d_x_proj, d_dt_proj, d_bias, dA, dD]

@@ -28,6 +28,7 @@ class _Known(NamedTuple):
     rest: tuple[Any, ...]
 
 
+_runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
 _known: dict[int, dict[tuple[Any, ...], _Known]] = {}
 
 
@@ -84,11 +85,12 @@ def call_key(
 
 def _watched() -> bool:
     """Tell whether launches must go through Triton: somebody's hooks want to see them, or it is too old to have any."""
-    knobs = getattr(triton, "knobs", None)
-    if knobs is None:
+    if _runtime is None:
         return True
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    for hook in (_runtime.launch_enter_hook, _runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
 
 
 def _first(
