@@ -29,7 +29,8 @@ class _Known(NamedTuple):
 
 
 _runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
-_known: dict[int, dict[tuple[Any, ...], _Known]] = {}
+_known: dict[int, tuple[Any, dict[tuple[Any, ...], _Known]]] = {}
+"""By kernel, which is held so that no other one gets its id: what was launched, by device and `call_key`."""
 
 
 def launch(
@@ -53,7 +54,7 @@ def launch(
             launch(kernel, grid, tensors, numbers, **flags)
         return
     pointers, key = call_key(tensors, numbers, flags)
-    calls = _known.setdefault(id(kernel), {})
+    _, calls = _known.setdefault(id(kernel), (kernel, {}))
     known = calls.get((device, key))
     if known is None:
         _first(kernel, grid, tensors, numbers, flags, calls, (device, key))
