@@ -11,7 +11,7 @@ from genossm.ops.kernels import selective_scan_parts, selective_scan_torch, sele
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states
 
-_PIECE_BYTES = 1 << 27
+_PIECE_BYTES = 1 << 28
 """Memory of what the last kernel writes for the next: longer sequences go through it in pieces."""
 
 _PLANS = {
