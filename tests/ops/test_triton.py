@@ -472,6 +472,28 @@ def test_selective_scan_at_real_lengths(shape, dtype, allowed, reverse):
 
 
 @gpu
+def test_mamba_mix_at_a_width_that_products_see_with_zeros_behind_it():
+    inputs = draw_mix(4095, width=238, states=16, rank=8)
+    del inputs["xz"]
+    inputs = {"x": draw(2, 4095, 118), "weight": draw(476, 118) / 118**0.5} | inputs
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    truths = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+
+    def call(backend, x, weight, **weights):
+        with use_backend(backend):
+            return mixed(partial(mamba_mix, in_proj=(weight, None)))(x, **weights)
+
+    got, truth = call("triton", **inputs), call("torch", **truths)
+    assert relative(got, truth) <= 1e-4
+    weight = torch.randn_like(truth)
+    wanted = torch.autograd.grad(truth, list(truths.values()), weight)
+    for name, one, other in zip(
+        inputs, torch.autograd.grad(got, list(inputs.values()), weight.float()), wanted, strict=True
+    ):
+        assert relative(one, other) <= 1e-3, name
+
+
+@gpu
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("time_last", [True, False])
