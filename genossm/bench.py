@@ -150,12 +150,14 @@ class _Plan:
         if left <= 0 or expected.seconds * runs > left:
             about = f", about {expected.seconds:.2g} s a run" if expected.seconds else ""
             new = [unmeasured(comparison, f"{NOT_RUN}: {max(0, left):.0f} s left{about}")]
-        elif expected.mib > self.room_mib:
+        elif expected.mib > self.room_mib and self.device.type == "cpu":
+            # Trying it would take the memory of whatever else runs here; a GPU only says no.
             new = [unmeasured(comparison, OUT_OF_MEMORY)]
         else:
             try:
                 new = measure(comparison, self.device, self.seconds, report=report, single=single)
-            except RuntimeError as error:
+            except Exception as error:
+                # One length that fails must not cost the others; on its own it is raised.
                 if point is None:
                     raise
                 _log.warning("%s: %s", comparison.name, error)

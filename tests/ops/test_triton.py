@@ -565,7 +565,7 @@ def test_ssd_at_real_lengths(shape, dtype, allowed, options):
     wanted = torch.autograd.grad(truth, list(truths.values()), for_truth)
     for name, one, two, other in zip(inputs, gradients, repeated, wanted, strict=True):
         # These are sums over all positions in which terms cancel: the plain form, its products rounded to bfloat16, has
-        # them up to 6 % off in 80 draws of the shortest shape (0.3 % in the median). float32 holds them like the others.
+        # them up to 6 % off in 80 draws of the shortest shape, 0.3 % in the median. float32 holds them like the others.
         cancels = dtype == torch.bfloat16 and name in ("A_H", "dt_bias_H")
         assert relative(one, other) <= (0.1 if cancels else allowed), name
         assert torch.equal(one, two), f"{name} does not repeat"
