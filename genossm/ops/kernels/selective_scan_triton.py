@@ -132,7 +132,14 @@ class Scan:
         return x_BNE[:, : self.states].transpose(1, 2)
 
     def enter(self, x: Tensor, first_BNE: Tensor | None, adjoint: bool) -> tuple[Tensor, Tensor]:
-        """Return what enters each tile and what leaves the last one, for the state or its adjoint."""
+        """Return what enters each tile and what leaves the last one, for the state or its adjoint.
+
+        What leaves an only tile is written by the walk that follows, which ends there.
+        """
+        if self.tiles == 1:
+            self.last = torch.empty(self.batch, self.N, self.width, device=x.device)
+            first = torch.zeros_like(self.last) if first_BNE is None else first_BNE
+            return first[:, None], self.last
         edge = torch.empty(self.batch, self.tiles, self.N, self.width, device=x.device)
         decay = torch.empty(self.batch, self.tiles, self.width, device=x.device)
         groups, flags = self.plan("edges")
@@ -142,22 +149,22 @@ class Scan:
             (self.reverse ^ adjoint, *self.sizes(groups), *x.stride(), *self.dt.stride(), *_strides(self.z)),
             ADJOINT=adjoint, **flags,
         )  # fmt: skip
-        entering, last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
+        entering, self.last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
         # Many tiles at once hide the latency of a long chain; a short one would only pay for what it lacks.
         rows = 128 if self.tiles > 64 else 32
         launch(
             selective_scan_walks.chain, (-(-self.width * self.N // 32), self.batch),
-            (edge, decay, self.A, first_BNE, entering, last), (self.reverse ^ adjoint, self.width, self.tiles),
+            (edge, decay, self.A, first_BNE, entering, self.last), (self.reverse ^ adjoint, self.width, self.tiles),
             N=self.N, HAS_FIRST=first_BNE is not None, WIDTH=32, U=rows, num_warps=rows // 32,
         )  # fmt: skip
-        return entering, last
+        return entering, self.last
 
     def forward(self, entering: Tensor, y: Tensor, add: bool = False) -> None:
         """Write the result, or add it to what is there."""
         groups, flags = self.plan("forward")
         launch(
             selective_scan_walks.forward, (self.tiles * groups, self.batch),
-            (self.u, self.dt, self.z, *self.pairs, self.A, self.D, *self.rest, entering, y),
+            (self.u, self.dt, self.z, *self.pairs, self.A, self.D, *self.rest, entering, self.last, y),
             (int(add), self.reverse, *self.sizes(groups), *self.u.stride(), *self.dt.stride(), *_strides(self.z),
              *y.stride()),
             HAS_D=self.D is not None, **flags,
@@ -204,7 +211,7 @@ class Scan:
             count = min(tiles, self.tiles - first)
             launch(
                 selective_scan_walks.backward_adjoint, (count * groups, batch),
-                (*given, adjoint, dy, du, partial, dA_parts, parts[0], dD_parts, handed),
+                (*given, adjoint, self.last, dy, du, partial, dA_parts, parts[0], dD_parts, handed),
                 (first, piece, 1 - self.reverse, *self.sizes(groups), *read, *du.stride()), **end_flags, **more,
             )  # fmt: skip
             launch(

@@ -70,7 +70,7 @@ def _several(rows, i, step, begin, way, ends, U: tl.constexpr):
     """Load U positions in the order of a walk, so that all are under way before the first is needed."""
     values = ()
     for k in tl.static_range(U):
-        values += (tl.load(rows + (i + k) * step, begin + (i + k) * way < ends, 0.0),)
+        values += (tl.load(rows + (i + k) * step, begin + (i + k) * way < ends, 0.0).to(tl.float32),)
     return values
 
 
@@ -104,7 +104,7 @@ def _unpacked(x, N: tl.constexpr):
 
 @triton.jit
 def _step(raw, bias, seen, SOFTPLUS: tl.constexpr):
-    raw = raw.to(tl.float32) + bias
+    raw += bias
     return tl.where(seen, softplus(raw) if SOFTPLUS else raw, 0.0)
 
 
@@ -182,11 +182,11 @@ def edges(
             W_here = _unpacked(next_W, N)
             next_W = tl.load(W_at + tl.minimum(i + k + 1, T - 1) * (way * H))
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
-            value = values[k].to(tl.float32)
+            value = values[k]
             if not ADJOINT:
                 value = value * step
             elif HAS_Z:
-                gate = gates[k].to(tl.float32)
+                gate = gates[k]
                 value = value * gate * sigmoid(gate)
             keep = _keep(drop, row * L, start + t, L, HAS_DROP)
             a = tl.exp2(step[None, :] * rates)
@@ -232,7 +232,7 @@ def chain(
 
 @_walk
 def forward(
-    u, dt, z, B, C, A, D, bias, drop, lengths, entering, y,
+    u, dt, z, B, C, A, D, bias, drop, lengths, entering, last, y,
     add, leftward, one, E, L, T, tiles, groups, u_b, u_l, u_e, dt_b, dt_l, dt_e, z_b, z_l, z_e, y_b, y_l, y_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_DROP: tl.constexpr, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,
@@ -271,24 +271,26 @@ def forward(
             following = tl.minimum(i + k + 1, T - 1) * (way * H)
             next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
-            value = values[k].to(tl.float32)
+            value = values[k]
             keep = _keep(drop, row * L, start + t, L, HAS_DROP)
             a = tl.exp2(step[None, :] * rates)
             a = a * keep if HAS_DROP else a
             states = a * states + (step * value)[None, :] * B_here[:, None]
             result = skip * value + tl.sum(C_here[:, None] * states, 0)
             if HAS_Z:
-                gate = gates[k].to(tl.float32)
+                gate = gates[k]
                 result = result * gate * sigmoid(gate)
             if HAS_LENGTHS:
                 result = tl.where(t < real, result, 0.0)
-            result += others[k].to(tl.float32)
+            result += others[k]
             tl.store(y_at + (i + k) * (y_l * way), result.to(y.dtype.element_ty), t < stored)
+    _store_by_state(last + row * N * E, states, channel, channel < tl.where(tiles == 1, E, 0), E, N)
 
 
 @_walk
 def backward_adjoint(
-    u, dt, z, B, C, A, D, bias, drop, lengths, entering, adjoint, dy, du, partial, dA_parts, dB_parts, dD_parts, handed,
+    u, dt, z, B, C, A, D, bias, drop, lengths, entering, adjoint, last, dy, du, partial, dA_parts, dB_parts, dD_parts,
+    handed,
     first_tile, piece, leftward, one, E, L, T, tiles, groups, u_b, u_l, u_e, dt_b, dt_l, dt_e, z_b, z_l, z_e,
     dy_b, dy_l, dy_e, du_b, du_l, du_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -344,11 +346,11 @@ def backward_adjoint(
             following = tl.minimum(i + k + 1, T - 1) * (way * N)
             next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
-            input_ = inputs[k].to(tl.float32)
+            input_ = inputs[k]
             value = step * input_
-            grad = grads[k].to(tl.float32)
+            grad = grads[k]
             if HAS_Z:
-                gate = gates[k].to(tl.float32)
+                gate = gates[k]
                 grad = grad * gate * sigmoid(gate)
             keep = _keep(drop, row * L, start + t, L, HAS_DROP)
             weight = rest * value
@@ -370,6 +372,7 @@ def backward_adjoint(
             tl.store(partial_at + (i + k) * (way * E), d_value * input_ - fed * _LN2, inside)
             d_u = (skip * grad + step * d_value).to(du.dtype.element_ty)
             tl.store(du_at + (i + k) * (du_l * way), d_u, t < stored)
+    _store_by_state(last + row * N * E, passed, channel, channel < tl.where(tiles == 1, E, 0), E, N)
     # Both factors of q at the tile's first position.
     q = passed * _by_state(entering + edge, channel, inside, E, N, BD)
     _store_by_state(dA_parts + edge, d_A + rest[None, :] * q, channel, inside, E, N)
@@ -440,11 +443,11 @@ def backward_state(
             following = tl.minimum(i + k + 1, T - 1) * (way * N)
             next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
-            input_ = inputs[k].to(tl.float32)
-            grad = grads[k].to(tl.float32)
+            input_ = inputs[k]
+            grad = grads[k]
             d_gate = grad
             if HAS_Z:
-                gate = gates[k].to(tl.float32)
+                gate = gates[k]
                 s = sigmoid(gate)
                 d_gate = grad * s * (1.0 + gate * (1.0 - s))
                 grad = grad * gate * s
@@ -464,12 +467,12 @@ def backward_state(
             d_step = partials[k] + decayed * _LN2
             decayed -= grad * tl.sum(rates * read, 0)
             if SOFTPLUS:
-                d_step = d_step * softplus_slope(raw[k].to(tl.float32) + rate_bias)
+                d_step = d_step * softplus_slope(raw[k] + rate_bias)
             d_step = tl.where(t < real, d_step, 0.0)
             d_bias += d_step
             tl.store(ddt_at + (i + k) * (ddt_l * way), d_step.to(ddt.dtype.element_ty), t < stored)
             if HAS_Z:
-                d_z = d_gate * (skip * input_ + tl.sum(read, 0)) + others[k].to(tl.float32)
+                d_z = d_gate * (skip * input_ + tl.sum(read, 0)) + others[k]
                 tl.store(dz_at + (i + k) * (dz_l * way), d_z.to(dz.dtype.element_ty), t < stored)
     _store_by_state(dA_parts + edge, d_A, channel, inside, E, N)
     if HAS_BIAS:
