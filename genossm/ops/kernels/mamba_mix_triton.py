@@ -36,41 +36,42 @@ class MambaMix(torch.autograd.Function):
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
         dtype = x.dtype if weight is None else dtype
         size = x.shape[0] * x.shape[1] * parameters[0].shape[0] * dtype.itemsize
+        weights = _weights(weight, parameters, len(reverses), dtype)
         small = kept.inside() and size <= _most_kept(x.device)
         if small and kept.remaking():
             # Not the kept tensor itself, which would get a gradient's history, and another if it is made once more.
             y, *entering = kept.kept()
             y = y.detach()
         else:
-            y, entering = _mixed(x, weight, bias, lengths, reverses, parameters, dtype)
+            y, entering = _mixed(x, weights, bias, lengths, reverses, parameters, dtype)
             if small:
                 kept.keep(y.detach(), *entering)
         ctx.save_for_backward(x, weight, bias, lengths, *parameters, *entering)
-        ctx.reverses = reverses
+        ctx.reverses, ctx.weights = reverses, weights
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, lengths, *saved = ctx.saved_tensors
-        ways = len(ctx.reverses)
+        ways, weights = len(ctx.reverses), ctx.weights
         entering = iter(saved[ways * _PARAMETERS :])
         dy = grads[0].contiguous()
         d_x = torch.empty_like(x)
         total: list[Tensor | None] = []
         for rows in _pieces(dy):
-            here = x[rows] if weight is None else _fitted(x[rows], dy.dtype, columns=_whole(x.shape[2], dy.dtype))
-            xz = _projected(here, weight, bias, dy.dtype)
-            d_xz = d_x[rows] if weight is None else torch.empty_like(xz)
+            here = x[rows] if weights.of_x is None else _fitted(x[rows], dy.dtype, columns=weights.of_x.shape[1])
+            xz = _projected(here, weights.of_x, bias)
+            d_xz = d_x[rows] if weights.of_x is None else torch.empty_like(xz)
             (a, z), (da, dz) = xz.chunk(2, dim=-1), d_xz.chunk(2, dim=-1)
             found: list[Tensor | None] = []
             for index, reverse in enumerate(ctx.reverses):
                 found += _direction_backward(
-                    *(dy[rows], a, z, _of(lengths, rows), reverse),
+                    *(dy[rows], a, z, _of(lengths, rows), reverse, weights.selecting[index]),
                     *(saved[index * _PARAMETERS : (index + 1) * _PARAMETERS], next(entering), da, dz, index > 0),
                 )
-            if weight is not None:
+            if weights.of_x is not None:
                 d_xz, here = d_xz.flatten(0, 1), here.flatten(0, 1)
-                _write(d_x[rows].flatten(0, 1), d_xz, _fitted(weight, dy.dtype, columns=here.shape[1]))
+                _write(d_x[rows].flatten(0, 1), d_xz, weights.of_x)
                 d_weight = (d_xz.T @ here)[:, : x.shape[2]]
                 found = [d_weight, None if bias is None else d_xz.sum(0, dtype=torch.float32), *found]
             total = found if not total else [_sum(*pair) for pair in zip(total, found, strict=True)]
@@ -79,9 +80,28 @@ class MambaMix(torch.autograd.Function):
         return (d_x, *(typed[:2] if weight is not None else (None, None)), None, None, *typed[-ways * _PARAMETERS :])
 
 
+class _Weights(NamedTuple):
+    """What products take, in their dtype and as wide as they are fast, for the forward and the backward pass."""
+
+    of_x: Tensor | None
+    """The projection's."""
+    selecting: list[tuple[Tensor, Tensor]]
+    """Each direction's two that select."""
+
+
+def _weights(weight: Tensor | None, parameters: list[Any], ways: int, dtype: torch.dtype) -> _Weights:
+    selecting: list[tuple[Tensor, Tensor]] = []
+    for way in range(ways):
+        x_proj, dt_proj = parameters[way * _PARAMETERS + 2 : way * _PARAMETERS + 4]
+        whole = _whole(x_proj.shape[1], dtype)
+        selecting.append((_fitted(x_proj, dtype, columns=whole), _fitted(dt_proj, dtype, rows=whole)))
+    of_x = None if weight is None else _fitted(weight, dtype, columns=_whole(weight.shape[1], dtype))
+    return _Weights(of_x, selecting)
+
+
 def _mixed(
     x: Tensor,
-    weight: Tensor | None,
+    weights: _Weights,
     bias: Tensor | None,
     lengths: Tensor | None,
     reverses: list[bool],
@@ -93,9 +113,10 @@ def _mixed(
     entering: list[Tensor] = []
     with torch.autocast("cuda", enabled=False):
         for rows in _pieces(y):
-            a, z = _projected(x[rows], weight, bias, dtype).chunk(2, dim=-1)
+            a, z = _projected(x[rows], weights.of_x, bias).chunk(2, dim=-1)
             for index, reverse in enumerate(reverses):
-                scan = _selected(a, z, _of(lengths, rows), reverse, parameters[index * _PARAMETERS :]).scan
+                own = parameters[index * _PARAMETERS :]
+                scan = _selected(a, z, _of(lengths, rows), reverse, weights.selecting[index], own).scan
                 entering.append(scan.enter(scan.u, None, adjoint=False)[0])
                 scan.forward(entering[-1], y[rows], add=index > 0)
     return y, entering
@@ -125,11 +146,11 @@ def _of(lengths: Tensor | None, rows: slice) -> Tensor | None:
     return None if lengths is None else lengths[rows]
 
 
-def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _projected(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is None:
         return x
-    x = _fitted(x, dtype, columns=_whole(weight.shape[1], dtype))
-    return F.linear(x, _fitted(weight, dtype, columns=x.shape[2]), None if bias is None else bias.to(dtype))
+    x = _fitted(x, weight.dtype, columns=weight.shape[1])
+    return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -144,27 +165,27 @@ class _Way(NamedTuple):
     """The convolved input, which the scan sees without what is added."""
     dt_MX: Tensor
     """Its steps, likewise."""
-    x_proj_CX: Tensor
-    dt_proj_XR: Tensor
     scan: Scan
 
 
-def _selected(x: Tensor, z: Tensor, lengths: Tensor | None, reverse: bool, parameters: Any) -> _Way:
+def _selected(
+    x: Tensor, z: Tensor, lengths: Tensor | None, reverse: bool, selecting: tuple[Tensor, Tensor], parameters: Any
+) -> _Way:
     """Convolve and select."""
-    w, bias, x_proj, dt_proj, dt_bias, A, D = parameters[:_PARAMETERS]
+    w, bias, _, _, dt_bias, A, D = parameters[:_PARAMETERS]
+    x_proj, dt_proj = selecting
     batch, length, width = x.shape
-    rank, states, whole = dt_proj.shape[1], A.shape[1], _whole(width, x.dtype)
+    rank, states, whole = dt_proj.shape[1], A.shape[1], dt_proj.shape[0]
     u = torch.empty(batch, length, whole, dtype=x.dtype, device=x.device)
     if whole > width:
         u[..., width:] = 0
     causal_conv1d_triton.convolve(x, w, bias, lengths, silu=True, reverse=reverse, y=u[..., :width])
-    x_proj, dt_proj = _fitted(x_proj, x.dtype, columns=whole), _fitted(dt_proj, x.dtype, rows=whole)
     selection = u.flatten(0, 1) @ x_proj.T
     dt = selection[:, :rank] @ dt_proj.T
     _, B, C = selection.view(batch, length, -1).split([rank, states, states], dim=-1)
     steps = dt.view(batch, length, whole)[..., :width]
     scan = Scan(u[..., :width], steps, A, B, C, D, z, dt_bias, None, lengths, True, reverse)
-    return _Way(selection, u.flatten(0, 1), dt, x_proj, dt_proj, scan)
+    return _Way(selection, u.flatten(0, 1), dt, scan)
 
 
 def _whole(width: int, dtype: torch.dtype) -> int:
@@ -185,6 +206,7 @@ def _direction_backward(
     z: Tensor,
     lengths: Tensor | None,
     reverse: bool,
+    selecting: tuple[Tensor, Tensor],
     parameters: Any,
     entering: Tensor,
     dx: Tensor,
@@ -193,7 +215,8 @@ def _direction_backward(
 ) -> list[Tensor | None]:
     """Write (or add) the gradients of x and z; return those of one direction's parameters."""
     w, bias = parameters[:2]
-    selection, u, ddt, x_proj, dt_proj, scan = _selected(x, z, lengths, reverse, parameters)
+    x_proj, dt_proj = selecting
+    selection, u, ddt, scan = _selected(x, z, lengths, reverse, selecting, parameters)
     (batch, length, width), rank = x.shape, dt_proj.shape[1]
     adjoint, _ = scan.enter(dy, None, adjoint=True)
     du, d_selection = torch.empty_like(u), torch.empty_like(selection)
