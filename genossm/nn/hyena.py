@@ -223,8 +223,8 @@ class HyenaFilter(nn.Module):
         return sine_network(z_EL, freq_F, [layer.weight for layer in linears], [layer.bias for layer in linears])
 
 
-def _scaled(skip_C: Tensor, scale: float) -> Tensor:
-    return skip_C if scale == 1 else skip_C * scale
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale
 
 
 class HyenaOperator(nn.Module):
@@ -272,9 +272,9 @@ class HyenaOperator(nn.Module):
                 f"The input has {length} tokens, the Hyena filter l_max={self.l_max}; shorten the input or build the"
                 " model with a larger max_length."
             )
-        scale = self._scale(x_BLD)
+        scale = self._scale(x_BLD, length)
         # What the filters take off the values, the last product gives back, in float32 and by powers of two: exactly.
-        weight_DD = self.out_proj.weight if scale == 1 else self.out_proj.weight * scale ** (1 - self.order)
+        weight_DD = _scaled(self.out_proj.weight, scale ** (1 - self.order))
         plain = self.order == 2 and not self.bidirectional and not (self.dropout.p > 0 and self.training)
         if plain and length >= _LONG.get(x_BLD.device.type, length + 1) and not torch.is_grad_enabled():
             return from_time(self._mix_groups(x_BLD, scale), weight_DD, self.out_proj.bias)
@@ -291,13 +291,13 @@ class HyenaOperator(nn.Module):
             y_BLD = self._mix(u_BCL, mask_BL, scale)
         return cast(Tensor, FromTime.apply(y_BLD.transpose(1, 2), weight_DD, self.out_proj.bias))
 
-    def _scale(self, x_BLD: Tensor) -> float:
+    def _scale(self, x_BLD: Tensor, length: int) -> float:
         """Return what each long convolution is multiplied by where float16 holds its result; else 1.
 
         A sum over so many positions soon exceeds 65,504, the largest float16: at a million it has passed ten thousand
         before the first step, since the filters stretch with the context and do not become smaller.
         """
-        device, length = x_BLD.device.type, x_BLD.shape[1]
+        device = x_BLD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BLD.dtype
         if dtype != torch.float16 or length <= _HALF_LENGTH:
             return 1.0
@@ -382,13 +382,17 @@ class HyenaOperator(nn.Module):
         skip_OD = self.filter_fn.skip.unflatten(0, (self.order - 1, self.d_model))
         needed = state["convs"][0]["length"] + x_BLD.shape[1]
         taps = self.filter_fn.taps(needed)
+        # What was met counts as much as what is to come, so that the scale is that of the whole context.
+        scale = self._scale(x_BLD, self.l_max)
         convs: list[dict[str, Any]] = []
         for o, gate_BLD in enumerate(reversed(gates[1:])):
-            v_BLD = v_BLD * gate_BLD
+            v_BLD = _scaled(v_BLD * gate_BLD, scale)
             y_BLD, conv = online_conv(v_BLD, taps.part(o, self.d_model), state["convs"][o])
             v_BLD = y_BLD + skip_OD[o] * v_BLD
             convs.append(conv)
-        return self.out_proj(v_BLD * gates[0]), {"short_BCW": short_BCW, "convs": convs}
+        weight_DD = _scaled(self.out_proj.weight, scale ** (1 - self.order))
+        y_BLD = nn.functional.linear(v_BLD * gates[0], weight_DD, self.out_proj.bias)
+        return y_BLD, {"short_BCW": short_BCW, "convs": convs}
 
     @property
     def short_bias(self) -> Tensor:
