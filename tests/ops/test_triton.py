@@ -452,7 +452,7 @@ def scan_by_doubling(u, dt, A, B, C, D, z, dt_bias, initial_state, reverse):
 @gpu
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("shape", [(1, 131071, 9, 8), (2, 8192, 24, 16)])
+@pytest.mark.parametrize("shape", [(1, 131071, 9, 8), (2, 8192, 24, 16), (1024, 63, 36, 16)])
 def test_selective_scan_at_real_lengths(shape, dtype, allowed, reverse):
     """Values and every gradient by ‖got - truth‖ / ‖truth‖, and bit by bit the same when run again."""
     inputs = {k: v.requires_grad_() for k, v in draw_scan(*shape, dtype).items()}

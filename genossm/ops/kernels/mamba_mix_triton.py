@@ -169,7 +169,13 @@ class _Way(NamedTuple):
 
 
 def _selected(
-    x: Tensor, z: Tensor, lengths: Tensor | None, reverse: bool, selecting: tuple[Tensor, Tensor], parameters: Any
+    x: Tensor,
+    z: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    selecting: tuple[Tensor, Tensor],
+    parameters: Any,
+    gradients: bool = False,
 ) -> _Way:
     """Convolve and select."""
     w, bias, _, _, dt_bias, A, D = parameters[:_PARAMETERS]
@@ -184,7 +190,7 @@ def _selected(
     dt = selection[:, :rank] @ dt_proj.T
     _, B, C = selection.view(batch, length, -1).split([rank, states, states], dim=-1)
     steps = dt.view(batch, length, whole)[..., :width]
-    scan = Scan(u[..., :width], steps, A, B, C, D, z, dt_bias, None, lengths, True, reverse)
+    scan = Scan(u[..., :width], steps, A, B, C, D, z, dt_bias, None, lengths, True, reverse, gradients)
     return _Way(selection, u.flatten(0, 1), dt, scan)
 
 
@@ -216,7 +222,7 @@ def _direction_backward(
     """Write (or add) the gradients of x and z; return those of one direction's parameters."""
     w, bias = parameters[:2]
     x_proj, dt_proj = selecting
-    selection, u, ddt, scan = _selected(x, z, lengths, reverse, selecting, parameters)
+    selection, u, ddt, scan = _selected(x, z, lengths, reverse, selecting, parameters, gradients=True)
     (batch, length, width), rank = x.shape, dt_proj.shape[1]
     adjoint, _ = scan.enter(dy, None, adjoint=True)
     du, d_selection = torch.empty_like(u), torch.empty_like(selection)

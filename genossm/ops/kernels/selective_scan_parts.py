@@ -34,16 +34,15 @@ def _prepare(
         tl.store(A_out + n * E + e, rates, (e < E) & (n < N))
 
 
-def prepare(A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, states: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A log2(e), B and C as the walks read them: (N, E) and (B, L, N), zeros up to `states`, `length`.
-
-    Every thread of a walk loads all of B and C, which takes as long as what it computes: 16 bit numbers stay such.
+def prepare(
+    A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, states: int, length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A log2(e), float32, and B and C as the walks read them: (N, E), (B, L, N), zeros up to `states`, `length`.
 
     Op by op these would be seven launches, which take longer than a short scan.
     """
     (width, given), (batch, real, _) = A_EN.shape, B_BLN.shape
     A_NE = torch.empty(states, width, device=A_EN.device)
-    dtype = B_BLN.dtype if B_BLN.dtype == C_BLN.dtype and B_BLN.element_size() == 2 else torch.float32
     B_BPN, C_BPN = torch.empty(2, batch, length, states, dtype=dtype, device=A_EN.device)
     blocks, of_A = -(-length // _ROWS), -(-width // _ROWS)
     launch(
@@ -54,10 +53,10 @@ def prepare(A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, states: int, length: int
     return A_NE, B_BPN, C_BPN
 
 
-def add_groups(parts_2BGLN: Tensor, total_2BLN: Tensor) -> None:
-    """Write the sums over groups, added up in float32; `total` has any strides, and no more states than the parts."""
-    taken = parts_2BGLN[..., : total_2BLN.shape[-1]]
-    if total_2BLN.dtype in (parts_2BGLN.dtype, torch.float32):
-        torch.sum(taken, 2, dtype=total_2BLN.dtype, out=total_2BLN)
+def add_groups(parts_BGLN: Tensor, total_BLN: Tensor) -> None:
+    """Write the sum over groups, added up in float32; `total` has any strides, and no more states than the parts."""
+    taken = parts_BGLN[..., : total_BLN.shape[-1]]
+    if total_BLN.dtype in (parts_BGLN.dtype, torch.float32):
+        torch.sum(taken, 1, dtype=total_BLN.dtype, out=total_BLN)
     else:
-        total_2BLN.copy_(taken.sum(2, dtype=torch.float32))
+        total_BLN.copy_(taken.sum(1, dtype=torch.float32))

@@ -11,14 +11,14 @@ from genossm.ops.kernels import selective_scan_parts, selective_scan_torch, sele
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states
 
-_PIECE_BYTES = 1 << 28
+_PIECE_BYTES = 1 << 29
 """Memory of what the last kernel writes for the next: longer sequences go through it in pieces."""
 
 _PLANS = {
-    "edges": (64, 2, None),
-    "forward": (64, 2, None),
+    "edges": (64, 4, 128),
+    "forward": (64, 2, 152),
     "backward_adjoint": (64, 2, None),
-    "backward_state": (64, 2, None),
+    "backward_state": (32, 2, 168),
 }
 """Of each kernel on 16 bit inputs with 16 states: channels of a program, positions loaded at once, registers."""
 
@@ -59,11 +59,19 @@ def selective_scan(
     return (y_BLE, state_BEN) if return_state else y_BLE
 
 
-def tile_length(batch: int, length: int, width: int) -> int:
-    """Return a program's positions. Short sequences need short tiles, else too few of them fill a GPU."""
+def tile_length(batch: int, length: int, width: int, halves: bool) -> int:
+    """Return a program's positions. Short sequences need short tiles, else too few of them fill a GPU.
+
+    Where rows alone fill it, short ones are whole. The rounding of the gradients of A and dt grows with tiles, which
+    only 16 bit inputs (`halves`) hide.
+    """
     if triton_interpreted():
         return 8
+    if halves and length <= 1024 and batch * -(-width // 64) >= 1024:
+        return -(-length // 4) * 4
     size = batch * width * length
+    if halves and size >= 1 << 26:
+        return 256
     return 128 if size >= 1 << 25 else 64 if size >= 1 << 23 else 32 if size >= 1 << 20 else 16
 
 
@@ -75,6 +83,7 @@ class Scan:
         A, B, C, D, bias: of any dtype; made float32.
         drop, lengths: marks of dropped states and real positions of each row.
         softplus_on, reverse: see `genossm.ops.selective_scan`.
+        gradients: whether these are wanted of this call, rather than the result.
     """
 
     def __init__(
@@ -91,6 +100,7 @@ class Scan:
         lengths: Tensor | None,
         softplus_on: bool,
         reverse: bool,
+        gradients: bool = False,
     ):
         self.u, self.dt, self.z, self.states = u, dt, z, A.shape[1]
         self.batch, self.length, self.width = u.shape
@@ -98,11 +108,13 @@ class Scan:
         self.N = max(8 if triton_interpreted() else 16, 1 << (self.states - 1).bit_length())
         self.D, self.bias = (None if x is None else x.float().contiguous() for x in (D, bias))
         self.rest = (self.bias, drop, lengths)
-        self.T = tile_length(self.batch, self.length, self.width)
+        self.T = tile_length(self.batch, self.length, self.width, u.element_size() == 2)
         self.tiles = -(-self.length // self.T)
-        self.A, self.B, self.C = selective_scan_parts.prepare(A, B, C, self.N, self.tiles * self.T)
-        # Walks of 16 bit inputs that walk forward take pairs of states.
-        self.pairs = [x.view(torch.int32) if x.dtype == torch.bfloat16 else x for x in (self.B, self.C)]
+        # Every thread loads all of B and C. In 16 bits that takes half as long; the gradients' walks would lose more by
+        # unpacking them.
+        dtype = torch.bfloat16 if {B.dtype, C.dtype} == {torch.bfloat16} and not gradients else torch.float32
+        self.A, B, C = selective_scan_parts.prepare(A, B, C, self.N, self.tiles * self.T, dtype)
+        self.B, self.C = (x.view(torch.int32) if dtype == torch.bfloat16 else x for x in (B, C))
         self.reverse = int(reverse)
         self.flags = {
             "SOFTPLUS": softplus_on, "HAS_BIAS": bias is not None, "HAS_Z": z is not None, "HAS_DROP": drop is not None,
@@ -145,7 +157,7 @@ class Scan:
         groups, flags = self.plan("edges")
         launch(
             selective_scan_walks.edges, (self.tiles * groups, self.batch),
-            (x, self.dt, self.z, self.pairs[adjoint], self.A, *self.rest, edge, decay),
+            (x, self.dt, self.z, self.C if adjoint else self.B, self.A, *self.rest, edge, decay),
             (self.reverse ^ adjoint, *self.sizes(groups), *x.stride(), *self.dt.stride(), *_strides(self.z)),
             ADJOINT=adjoint, **flags,
         )  # fmt: skip
@@ -164,7 +176,7 @@ class Scan:
         groups, flags = self.plan("forward")
         launch(
             selective_scan_walks.forward, (self.tiles * groups, self.batch),
-            (self.u, self.dt, self.z, *self.pairs, self.A, self.D, *self.rest, entering, self.last, y),
+            (self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering, self.last, y),
             (int(add), self.reverse, *self.sizes(groups), *self.u.stride(), *self.dt.stride(), *_strides(self.z),
              *y.stride()),
             HAS_D=self.D is not None, **flags,
@@ -186,20 +198,20 @@ class Scan:
         Those of B and C are `d_BC`, (2, B, L, N) with any strides; `ddt` may be the memory of dt.
         """
         batch, length, width, N = self.batch, self.length, self.width, self.N
-        groups, end_flags = self.plan("backward_adjoint")
-        _, start_flags = self.plan("backward_state")
+        from_end, end_flags = self.plan("backward_adjoint")
+        from_start, start_flags = self.plan("backward_state")
         device = dy.device
         dA_parts = torch.empty_like(entering)
         dD_parts, dbias_parts = of_channels = torch.empty(2, batch, self.tiles, width, device=device)
         # 16 bit inputs don't deserve 32 bit parts.
         dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
-        a_tile = self.T * batch * (4 * width + 2 * groups * N * dtype.itemsize)
+        a_tile = self.T * batch * (4 * width + (from_end + from_start) * N * dtype.itemsize)
         # Pieces of one size: the GPU runs out of work at the end of each.
         pieces = -(-self.tiles * a_tile // _PIECE_BYTES)
         tiles = -(-self.tiles // pieces)
         piece = tiles * self.T
         partial = torch.empty(batch, piece, width, device=device)
-        parts = torch.empty(2, batch, groups, piece, N, dtype=dtype, device=device)
+        parts = [torch.empty(batch, n, piece, N, dtype=dtype, device=device) for n in (from_end, from_start)]
         # What the walk from the end leaves for the other, beside `partial` and its share of dA_parts.
         handed = torch.empty(batch, self.tiles, 2, width, device=device)
         given = (self.u, self.dt, self.z, self.B, self.C, self.A, self.D, *self.rest, entering)
@@ -210,17 +222,18 @@ class Scan:
         for first in range(0, self.tiles, tiles):
             count = min(tiles, self.tiles - first)
             launch(
-                selective_scan_walks.backward_adjoint, (count * groups, batch),
+                selective_scan_walks.backward_adjoint, (count * from_end, batch),
                 (*given, adjoint, self.last, dy, du, partial, dA_parts, parts[0], dD_parts, handed),
-                (first, piece, 1 - self.reverse, *self.sizes(groups), *read, *du.stride()), **end_flags, **more,
+                (first, piece, 1 - self.reverse, *self.sizes(from_end), *read, *du.stride()), **end_flags, **more,
             )  # fmt: skip
             launch(
-                selective_scan_walks.backward_state, (count * groups, batch),
+                selective_scan_walks.backward_state, (count * from_start, batch),
                 (*given, dy, ddt, dz, partial, dA_parts, parts[1], dbias_parts, handed),
-                (int(add), first, piece, self.reverse, *self.sizes(groups), *read, *written), **start_flags, **more,
+                (int(add), first, piece, self.reverse, *self.sizes(from_start), *read, *written), **start_flags, **more,
             )  # fmt: skip
             here = slice(first * self.T, min(length, (first + count) * self.T))
-            selective_scan_parts.add_groups(parts[..., : here.stop - here.start, :], d_BC[:, :, here])
+            for of_groups, total in zip(parts, d_BC[:, :, here], strict=True):
+                selective_scan_parts.add_groups(of_groups[:, :, : here.stop - here.start], total)
         dD, dbias = of_channels.sum((1, 2))
         dA_EN = dA_parts.flatten(0, 1).sum(0)[: self.states].T
         return dA_EN, None if self.D is None else dD, None if self.bias is None else dbias
@@ -242,7 +255,7 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, D, z, bias, drop, lengths, entering = ctx.saved_tensors
-        scan = Scan(u, dt, A, B, C, D, z, bias, drop, lengths, *ctx.options)
+        scan = Scan(u, dt, A, B, C, D, z, bias, drop, lengths, *ctx.options, gradients=True)
         dy = torch.zeros_like(u) if grads[0] is None else grads[0]
         last = None if grads[1] is None else scan.to_states(grads[1])
         adjoint, d_first = scan.enter(dy, last, adjoint=True)

@@ -167,20 +167,13 @@ def edges(
     states = tl.zeros([N, BD], tl.float32)
     whole = tl.zeros([BD], tl.float32)
     kept = 1.0
-    next_raw = _several(dt_at, 0, dt_l * way, begin, way, real, U)
-    next_values = _several(x_at, 0, x_l * way, begin, way, real, U)
-    next_gates = _several(z_at, 0, z_l * way, begin, way, real, U) if HAS_Z and ADJOINT else next_values
-    next_W = tl.load(W_at)
     for i in range(0, T, U):
-        raw, values, gates = next_raw, next_values, next_gates
-        ahead = tl.minimum(i + U, T - U)
-        next_raw = _several(dt_at, ahead, dt_l * way, begin, way, real, U)
-        next_values = _several(x_at, ahead, x_l * way, begin, way, real, U)
-        next_gates = _several(z_at, ahead, z_l * way, begin, way, real, U) if HAS_Z and ADJOINT else next_values
+        raw = _several(dt_at, i, dt_l * way, begin, way, real, U)
+        values = _several(x_at, i, x_l * way, begin, way, real, U)
+        gates = _several(z_at, i, z_l * way, begin, way, real, U) if HAS_Z and ADJOINT else values
         for k in tl.static_range(U):
             t = begin + (i + k) * way
-            W_here = _unpacked(next_W, N)
-            next_W = tl.load(W_at + tl.minimum(i + k + 1, T - 1) * (way * H))
+            W_here = _unpacked(tl.load(W_at + (i + k) * (way * H)), N)
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
             value = values[k]
             if not ADJOINT:
@@ -254,22 +247,15 @@ def forward(
     rates = _by_state(A, channel, inside, E, N, BD)
     states = _by_state(entering + (row * tiles + tile) * N * E, channel, inside, E, N, BD)
     added = tl.where(add != 0, stored, 0)
-    next_raw = _several(dt_at, 0, dt_l * way, begin, way, real, U)
-    next_values = _several(u_at, 0, u_l * way, begin, way, real, U)
-    next_gates = _several(z_at, 0, z_l * way, begin, way, real, U) if HAS_Z else next_values
-    next_B, next_C = tl.load(B_at), tl.load(C_at)
     for i in range(0, T, U):
-        raw, values, gates = next_raw, next_values, next_gates
-        ahead = tl.minimum(i + U, T - U)
-        next_raw = _several(dt_at, ahead, dt_l * way, begin, way, real, U)
-        next_values = _several(u_at, ahead, u_l * way, begin, way, real, U)
-        next_gates = _several(z_at, ahead, z_l * way, begin, way, real, U) if HAS_Z else next_values
+        raw = _several(dt_at, i, dt_l * way, begin, way, real, U)
+        values = _several(u_at, i, u_l * way, begin, way, real, U)
+        gates = _several(z_at, i, z_l * way, begin, way, real, U) if HAS_Z else values
         others = _several(y_at, i, y_l * way, begin, way, added, U)
         for k in tl.static_range(U):
             t = begin + (i + k) * way
-            B_here, C_here = _unpacked(next_B, N), _unpacked(next_C, N)
-            following = tl.minimum(i + k + 1, T - 1) * (way * H)
-            next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
+            B_here = _unpacked(tl.load(B_at + (i + k) * (way * H)), N)
+            C_here = _unpacked(tl.load(C_at + (i + k) * (way * H)), N)
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
             value = values[k]
             keep = _keep(drop, row * L, start + t, L, HAS_DROP)
@@ -342,7 +328,7 @@ def backward_adjoint(
         sums = nothing
         for k in tl.static_range(U):
             t = begin + (i + k) * way
-            B_here, C_here = next_B.to(tl.float32), next_C.to(tl.float32)
+            B_here, C_here = next_B, next_C
             following = tl.minimum(i + k + 1, T - 1) * (way * N)
             next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
@@ -439,7 +425,7 @@ def backward_state(
         sums = nothing
         for k in tl.static_range(U):
             t = begin + (i + k) * way
-            B_here, C_here = next_B.to(tl.float32), next_C.to(tl.float32)
+            B_here, C_here = next_B, next_C
             following = tl.minimum(i + k + 1, T - 1) * (way * N)
             next_B, next_C = tl.load(B_at + following), tl.load(C_at + following)
             step = _step(raw[k], rate_bias, t < real, SOFTPLUS)
