@@ -1,8 +1,10 @@
 """Time and memory of the backbones over the length of the sequence, at matched numbers of parameters."""
 
 import contextlib
+import itertools
 import logging
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -168,13 +170,16 @@ def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
 def exponents(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return, for each backbone and kind of work, the power of the length that its time grows with at the long end.
 
-    The slope of log time over log length between the two longest lengths that ran.
+    The median of the slopes of log time over log length between any two lengths from 65,536 on, or between the two
+    longest where those are too short (Theil 1950): a single run that paid for something once does not move it.
     """
     powers: dict[str, float] = {}
     for series, points in fastest(rows).items():
         if len(points) > 1:
-            (short, less), (long, more) = sorted(points.items())[-2:]
-            powers[series] = math.log(more / less) / math.log(long / short)
+            known = sorted(points.items())
+            long = [point for point in known if point[0] >= _QUADRATIC]
+            pairs = itertools.combinations(long if len(long) > 1 else known[-2:], 2)
+            powers[series] = statistics.median(math.log(t / s) / math.log(m / n) for (n, s), (m, t) in pairs)
     return powers
 
 

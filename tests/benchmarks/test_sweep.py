@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from genossm.bench import bench
@@ -80,3 +81,13 @@ def test_a_failure_is_a_row_of_a_series(monkeypatch, caplog):
     rows = bench("scaling", device="cpu")
     assert [row["variant"] for row in rows] == ["failed: no kernel"] * 2
     assert "for this" in caplog.text
+
+
+def test_one_slow_run_does_not_move_the_exponent():
+    rows = [
+        {"comparison": f"mamba training {n}", "variant": "a", "seconds": n * (30 if n == 1 << 20 else 1)}
+        for n in (1 << 10, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20)
+    ]
+    assert scaling.exponents(rows) == {"mamba training": pytest.approx(1)}
+    assert scaling.exponents(rows[:2]) == {"mamba training": pytest.approx(1)}
+    assert scaling.exponents(rows[:1]) == {}
