@@ -13,7 +13,7 @@ _PROGRAMS = 2112
 """Programs of the backward kernel, 16 for each multiprocessor of a large GPU; each adds up its rows' parts."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     x, y, w, b, total, out, rows, D, eps, RMS: tl.constexpr, HAS_Y: tl.constexpr, HAS_BIAS: tl.constexpr,
     BD: tl.constexpr, R: tl.constexpr,
@@ -38,7 +38,7 @@ def _forward(
     tl.store(out + at, result.to(out.dtype.element_ty), seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     total, w, d_total, d_out, dx, dy, parts, rows, D, eps, RMS: tl.constexpr, HAS_TOTAL: tl.constexpr,
     HAS_Y: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,

@@ -9,6 +9,9 @@ import triton.language as tl
 
 from genossm.ops.kernels.triton_parts import sigmoid
 
+# A length that 16 does not divide needs no code of its own: neighbouring threads hold neighbouring channels.
+_walk = triton.jit(do_not_specialize=["L", "tiles", "groups"])
+
 
 @triton.jit
 def _place(lengths, E, L, groups, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
@@ -53,7 +56,7 @@ def _next(window, new, W: tl.constexpr):
     return values
 
 
-@triton.jit
+@_walk
 def forward(
     x, w, bias, lengths, y, E, L, groups, x_b, x_l, x_e, y_b, y_l, y_e,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,
@@ -96,7 +99,7 @@ def _inner(d, window, taps, first, W: tl.constexpr, SILU: tl.constexpr):
     return d
 
 
-@triton.jit
+@_walk
 def backward(
     x, w, bias, lengths, dy, dx, parts, E, L, tiles, groups, x_b, x_l, x_e, dy_b, dy_l, dy_e, dx_b, dx_l, dx_e,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,

@@ -12,7 +12,7 @@ _PROGRAMS = 2112
 """Programs, 16 for each multiprocessor of a large GPU; each adds up some rows."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def _add(x, parts, rows, D, groups, x_m, BD: tl.constexpr, R: tl.constexpr):
     column = tl.program_id(0) % groups * BD + tl.arange(0, BD)
     inside = column < D

@@ -26,7 +26,7 @@ def _place(block, column, rows, F, R: tl.constexpr):
     return row[:, None] * F + column[None, :], (row < rows)[:, None] & (column < F)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def _backward(h, d, parts, rows, F, groups, BF: tl.constexpr, R: tl.constexpr):
     column = tl.program_id(0) % groups * BF + tl.arange(0, BF)
     first = tl.program_id(0) // groups

@@ -12,7 +12,7 @@ _ROWS = 64
 """Positions, or channels of A, of a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "P", "blocks"])
 def _prepare(
     A, B, C, A_out, B_out, C_out, E, L, P, S, blocks, A_e, A_n, B_b, B_l, B_n, C_b, C_l, C_n,
     N: tl.constexpr, R: tl.constexpr,
