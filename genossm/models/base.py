@@ -16,6 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from genossm.nn.norm import added
 from genossm.ops import kept
 
+_KEPT_BYTES = 1 << 24
+"""Checkpointing keeps what all blocks need where their residual streams take no more together.
+
+What blocks keep is some twenty to forty times that. Of inputs so short the memory is small, and a GPU computes for less
+time than asking it for everything once more takes.
+"""
 State = dict[str, Any]
 """What a streaming backbone carries from one position to the next; tensors have the batch first."""
 
@@ -111,7 +117,10 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        """Recompute each block in the backward pass: memory for time; never changes a state-dict key."""
+        """Recompute each block in the backward pass: memory for time; never changes a state-dict key.
+
+        Short inputs are kept all the same: those of up to `_KEPT_BYTES` of residual stream.
+        """
 
     @property
     @abstractmethod
@@ -217,14 +226,19 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Run the blocks over embeddings; `visit(i, x_BLD)` sees the residual stream after block i (from 0)."""
         context = self.context(x_BLD.shape[1], lengths_B, resets_BL)
+        again = self.gradient_checkpointing and torch.is_grad_enabled() and self._long(x_BLD)
         for index, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if again:
                 x_BLD = cast(Tensor, checkpoint(layer, x_BLD, *context, use_reentrant=False, context_fn=kept.region))
             else:
                 x_BLD = layer(x_BLD, *context)
             if visit is not None:
                 visit(index, x_BLD)
         return x_BLD
+
+    def _long(self, x_BLD: Tensor) -> bool:
+        """Tell whether what the blocks keep of such an input is worth making again."""
+        return x_BLD.numel() * x_BLD.element_size() * len(self.layers) > _KEPT_BYTES
 
     def logits(self, x_BLD: Tensor) -> Tensor:
         """Return the language-model logits (…, V) of hidden states (…, D) that `forward` returned."""

@@ -26,6 +26,8 @@ _KEPT_BYTES = 1 << 29
 """Bytes of transformed filters that a process keeps, of all models together."""
 _HALF_LENGTH = 1 << 12
 """Tokens from which float16 holds the convolutions' results as fractions of them."""
+_SHORT, _SHORT_LENGTHS = 1 << 14, 8
+"""Positions whose features a filter keeps, and for how many lengths: a GPU launches a dozen kernels to make them."""
 _keeping: "weakref.WeakSet[HyenaFilter]" = weakref.WeakSet()
 _DECAY_TARGET = 1e-2
 _FAST_DECAY, _SLOW_DECAY = 0.3, 1.5
@@ -104,6 +106,7 @@ class HyenaFilter(nn.Module):
         self.deltas_C: Tensor
         self._kept: tuple[tuple[Any, ...], Taps] | None = None
         self._spectrum: tuple[tuple[Any, ...], Tensor | None] | None = None
+        self._positions: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self.z_LE: nn.Parameter | None = None
         self.t_L: Tensor | None = None
         if own_positions:
@@ -127,6 +130,9 @@ class HyenaFilter(nn.Module):
         """Return the features z_EL and the times t_L of the first `length` positions."""
         if self.z_LE is not None and self.t_L is not None:
             return self.z_LE[:length].T, self.t_L[:length]
+        key = (length, self.deltas_C.device, self.deltas_C.dtype)
+        if key in self._positions:
+            return self._positions[key]
         device, last = self.deltas_C.device, max(self.l_max - 1, 1)
         index_L = torch.arange(length, device=device, dtype=torch.float64)
         bands = (self.emb_dim - 1) // 2
@@ -135,7 +141,10 @@ class HyenaFilter(nn.Module):
         t_L = index_L / last
         z_EL = torch.cat([t_L[None], torch.cos(angle_KL), -torch.sin(angle_KL)])
         dtype = self.deltas_C.dtype
-        return z_EL.to(dtype), t_L.to(dtype)
+        made = z_EL.to(dtype), t_L.to(dtype)
+        if length <= _SHORT and len(self._positions) < _SHORT_LENGTHS and _lasts():
+            self._positions[key] = made
+        return made
 
     @torch.no_grad()
     def taps(self, length: int) -> Taps:
@@ -219,8 +228,15 @@ class HyenaFilter(nn.Module):
     def _layers(self, z_EL: Tensor) -> Tensor:
         """Apply the network up to its last hidden layer."""
         linears = [cast(nn.Linear, layer) for layer in list(self.implicit_filter)[:-1:2]]
-        freq_F = cast(Sin, self.implicit_filter[1]).freq[0]
+        freq_F = cast(Sin, self.implicit_filter[1]).freq.squeeze(0)
         return sine_network(z_EL, freq_F, [layer.weight for layer in linears], [layer.bias for layer in linears])
+
+
+def _lasts() -> bool:
+    """Tell whether a tensor that is made now can be read at any later time."""
+    # What is made while a graph is recorded is there when it is replayed, and not before.
+    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not (recording or torch.is_inference_mode_enabled() or torch.compiler.is_compiling())
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
@@ -281,7 +297,7 @@ class HyenaOperator(nn.Module):
         if plain:
             y_BLD = hyena_conv(
                 Projection(x_BLD, self.in_proj.weight, self.in_proj.bias),
-                self.short_filter.weight[:, 0],
+                self.short_filter.weight.squeeze(1),
                 self.short_bias,
                 self.filter_fn.implicit(length).scaled(scale),
                 _scaled(self.filter_fn.skip, scale),
@@ -312,7 +328,7 @@ class HyenaOperator(nn.Module):
         """
         batch, length, width = x_BLD.shape
         w_3DD, bias_3D = self.in_proj.weight.unflatten(0, (3, width)), self.in_proj.bias.unflatten(0, (3, width))
-        short_3DW = self.short_filter.weight[:, 0].unflatten(0, (3, width))
+        short_3DW = self.short_filter.weight.squeeze(1).unflatten(0, (3, width))
         short_bias_3D = self.short_bias.unflatten(0, (3, width))
         on_cpu = x_BLD.device.type == "cpu" and x_BLD.dtype == torch.float32 and not torch.compiler.is_compiling()
         k_DF = self.filter_fn.spectrum(length) if on_cpu and scale == 1 else None
@@ -373,7 +389,7 @@ class HyenaOperator(nn.Module):
         """Mix more positions after those that made `state`: what `forward` gives there over all, for inference."""
         u_BLC, short_BCW = causal_conv1d(
             self.in_proj(x_BLD),
-            self.short_filter.weight[:, 0],
+            self.short_filter.weight.squeeze(1),
             self.short_bias,
             initial_state_BEW1=state["short_BCW"],
             return_state=True,
@@ -401,7 +417,7 @@ class HyenaOperator(nn.Module):
         return self.short_filter.bias
 
     def _short(self, u_BCL: Tensor, length: int) -> Tensor:
-        w_CW, bias_C = self.short_filter.weight[:, 0], self.short_bias
+        w_CW, bias_C = self.short_filter.weight.squeeze(1), self.short_bias
         if not self.bidirectional:
             return causal_conv1d(u_BCL.transpose(1, 2), w_CW, bias_C).transpose(1, 2)
         ahead = (w_CW.shape[1] - 1) // 2

@@ -23,20 +23,22 @@ class MLP(nn.Module):
         if x_BLD.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BLD.dtype
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return NarrowMLP.apply(
-                x_BLD.to(dtype), *(None if weight is None else weight.to(dtype) for weight in weights)
-            )
+            return NarrowMLP.apply(x_BLD.to(dtype), *weights)
         return self.fc2(gelu(self.fc1(x_BLD)))
 
 
 class NarrowMLP(torch.autograd.Function):
-    """x, weight 1, bias 1, weight 2, bias 2 -> the MLP; it keeps x alone: the hidden layer is made again, both ways."""
+    """x, weight 1, bias 1, weight 2, bias 2 -> the MLP in the dtype of x; the weights' gradients have theirs.
+
+    It keeps x alone: the hidden layer is made again, both ways.
+    """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x_BLD, in_FD, bias_F, out_DF, bias_D = given
+        x_BLD, *weights = given
+        ctx.dtype, ctx.has_bias = weights[0].dtype, weights[-1] is not None
+        in_FD, bias_F, out_DF, bias_D = (None if weight is None else weight.to(x_BLD.dtype) for weight in weights)
         ctx.save_for_backward(x_BLD, in_FD, bias_F, out_DF)
-        ctx.has_bias = bias_D is not None
         if kept.unread():
             # One number for all, which whoever took it would notice.
             return x_BLD.new_full((), float("nan")).expand(*x_BLD.shape[:-1], len(out_DF))
@@ -47,11 +49,11 @@ class NarrowMLP(torch.autograd.Function):
         x_BLD, in_FD, bias_F, out_DF = ctx.saved_tensors
         x_MD, dy_MD = x_BLD.flatten(0, -2), grads[0].flatten(0, -2)
         hidden_MF, d_MF, d_bias_F = gelu_backward(F.linear(x_MD, in_FD, bias_F), dy_MD @ out_DF)
-        d_out_DF = dy_MD.T @ hidden_MF
+        d_out_DF = (dy_MD.T @ hidden_MF).to(ctx.dtype)
         del hidden_MF
-        d_bias_D = column_sum(dy_MD) if ctx.has_bias else None
-        d_bias = None if bias_F is None else d_bias_F.to(bias_F.dtype)
-        return (d_MF @ in_FD).view_as(x_BLD), d_MF.T @ x_MD, d_bias, d_out_DF, d_bias_D
+        d_bias_D = column_sum(dy_MD, ctx.dtype) if ctx.has_bias else None
+        d_bias = None if bias_F is None else d_bias_F.to(ctx.dtype)
+        return (d_MF @ in_FD).view_as(x_BLD), (d_MF.T @ x_MD).to(ctx.dtype), d_bias, d_out_DF, d_bias_D
 
 
 def _hidden(x_BLD: Tensor, in_FD: Tensor, bias_F: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ class ToTime(torch.autograd.Function):
         x_BLD, weight_CD = ctx.saved_tensors
         dy_BCL = grads[0]
         dx_BLD = dy_BCL.transpose(1, 2) @ weight_CD.to(dy_BCL.dtype)
-        dw_CD = (dy_BCL @ x_BLD.to(dy_BCL.dtype)).sum(0)
+        dw_CD = row_sum(dy_BCL @ x_BLD.to(dy_BCL.dtype))
         d_bias_C = dy_BCL.sum((0, 2)).to(weight_CD.dtype) if ctx.has_bias else None
         return dx_BLD.to(x_BLD.dtype), dw_CD.to(weight_CD.dtype), d_bias_C
 
@@ -48,6 +48,10 @@ class FromTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         x_BDL, weight_CD, bias_C = given
+        ctx.dtype = weight_CD.dtype
+        if torch.is_autocast_enabled(x_BDL.device.type):
+            # As the product takes it, so that the backward pass need not round it again.
+            weight_CD = weight_CD.to(torch.get_autocast_dtype(x_BDL.device.type))
         ctx.save_for_backward(x_BDL, weight_CD)
         return from_time(x_BDL, weight_CD, bias_C)
 
@@ -56,5 +60,10 @@ class FromTime(torch.autograd.Function):
         x_BDL, weight_CD = ctx.saved_tensors
         dy_BLC = grads[0]
         dx_BDL = weight_CD.T.to(dy_BLC.dtype) @ dy_BLC.transpose(1, 2)
-        dw_CD = (x_BDL.to(dy_BLC.dtype) @ dy_BLC).sum(0).T
-        return dx_BDL.to(x_BDL.dtype), dw_CD.to(weight_CD.dtype), column_sum(dy_BLC.flatten(0, 1)).to(weight_CD.dtype)
+        dw_CD = row_sum(dy_BLC.transpose(1, 2) @ x_BDL.to(dy_BLC.dtype).transpose(1, 2))
+        return dx_BDL.to(x_BDL.dtype), dw_CD.to(ctx.dtype), column_sum(dy_BLC.flatten(0, 1), ctx.dtype)
+
+
+def row_sum(x_BCD: Tensor) -> Tensor:
+    """Return the sum over B; of a single row that row itself, for which nothing is launched."""
+    return x_BCD[0] if len(x_BCD) == 1 else x_BCD.sum(0)

@@ -147,7 +147,8 @@ def test_same_seed_same_weights(model):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_gradient_checkpointing_changes_neither_numbers_nor_keys(model):
+def test_gradient_checkpointing_changes_neither_numbers_nor_keys(model, monkeypatch):
+    monkeypatch.setattr("genossm.models.base._KEPT_BYTES", 0)
     for dropout in model.modules():
         if isinstance(dropout, torch.nn.Dropout):
             dropout.p = 0.0
@@ -162,6 +163,25 @@ def test_gradient_checkpointing_changes_neither_numbers_nor_keys(model):
     for one, other in zip(plain, again, strict=True):
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+def test_gradient_checkpointing_holds_little_of_long_inputs_and_all_of_short_ones(model, monkeypatch):
+    model.train()
+    held = []
+    for model.gradient_checkpointing, most in ((False, 0), (True, 1 << 24), (True, 0)):
+        monkeypatch.setattr("genossm.models.base._KEPT_BYTES", most)
+        total = 0
+
+        def count(kept):
+            nonlocal total
+            total += kept.nbytes
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda kept: kept):
+            model(draw_ids())
+        held.append(total)
+    assert held[0] == held[1]
+    assert held[2] < held[0] / 2
 
 
 def test_step_by_step_equals_all_at_once(model):

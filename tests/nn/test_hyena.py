@@ -132,3 +132,18 @@ def test_float16_holds_convolutions_that_leave_its_range(options):
     for one, other in zip(torch.autograd.grad(got, inputs, weight_BLD.half()), gradients, strict=True):
         assert one.isfinite().all()
         assert (one - other).abs().max() <= 0.02 * other.abs().max()
+
+
+def test_positions_of_short_inputs_are_kept_where_they_last():
+    layer = HyenaOperator(8, 64).filter_fn
+    with torch.inference_mode():
+        layer.positions(20)
+    assert not layer._positions
+    kept = layer.positions(20)
+    assert all(one is other for one, other in zip(kept, layer.positions(20), strict=True))
+    for length in range(1, 40):
+        layer.positions(length)
+    assert len(layer._positions) == 8
+    fresh = HyenaOperator(8, 64).filter_fn.positions(20)
+    assert all(torch.equal(one, other) for one, other in zip(kept, fresh, strict=True))
+    assert layer.double().positions(20)[0].dtype == torch.float64

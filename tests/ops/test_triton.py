@@ -313,6 +313,7 @@ def test_a_checkpointed_layer_convolves_once_where_the_result_is_small(monkeypat
     kernels = importlib.import_module("genossm.ops.kernels.fftconv_triton")
     convolve = kernels.convolve
     monkeypatch.setattr(kernels, "convolve", lambda *a, **k: (convolved.append(0), convolve(*a, **k))[1])
+    monkeypatch.setattr("genossm.models.base._KEPT_BYTES", 0)
     model = HyenaDNAConfig(d_model=4, n_layer=2, max_length=9).build().to(DEVICE)
     ids, found = torch.randint(7, 11, (2, 9), device=DEVICE), []
     for model.gradient_checkpointing in (False, True):
@@ -333,6 +334,7 @@ def test_a_checkpointed_mamba_layer_mixes_once(monkeypatch):
     kernels = importlib.import_module("genossm.ops.kernels.mamba_mix_triton")
     mix = kernels._mixed
     monkeypatch.setattr(kernels, "_mixed", lambda *given: (mixed.append(0), mix(*given))[1])
+    monkeypatch.setattr("genossm.models.base._KEPT_BYTES", 0)
     model = CaduceusConfig(d_model=4, n_layer=1, d_state=2).build().to(DEVICE)
     ids, found = torch.randint(7, 11, (1, 5), device=DEVICE), []
     for model.gradient_checkpointing in (False, True):

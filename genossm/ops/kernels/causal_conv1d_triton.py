@@ -134,18 +134,21 @@ def _backward(
     if HAS_LENGTHS:
         grad = tl.where((position < end)[None, :], grad, 0.0)
     tl.store(to, grad.to(dx.dtype.element_ty), kept)
-    parts_at = parts + ((row * tiles + tile) * E + channel) * (W + 2 if HAS_SHIFT else W + 1)
+    # Taps by channel, then the bias, then the shift: each has a piece of memory of its own.
+    parts_at = parts + (row * tiles + tile) * E * (W + 2 if HAS_SHIFT else W + 1)
     if HAS_SHIFT:
-        tl.store(parts_at + W + 1, tl.sum(tl.where(kept & (position < end)[None, :], grad, 0.0), 1), inside)
+        tl.store(
+            parts_at + (W + 1) * E + channel, tl.sum(tl.where(kept & (position < end)[None, :], grad, 0.0), 1), inside
+        )
     total = inner[W - 1 if REVERSE else 0]
     for k in tl.static_range(1, 8):
         total += inner[k + W - 1 if REVERSE else k]
-    tl.store(parts_at + W, tl.sum(total, 1), inside)
+    tl.store(parts_at + W * E + channel, tl.sum(total, 1), inside)
     for j in tl.static_range(W):
         total = inner[W - 1 if REVERSE else 0] * xs[8 + j if REVERSE else 8 - j]
         for k in tl.static_range(1, 8):
             total += inner[k + W - 1 if REVERSE else k] * xs[8 + k + j if REVERSE else 8 + k - j]
-        tl.store(parts_at + W - 1 - j, tl.sum(total, 1), inside)
+        tl.store(parts_at + channel * W + W - 1 - j, tl.sum(total, 1), inside)
 
 
 def causal_conv1d(
@@ -255,8 +258,8 @@ def convolve_backward(
     batch, length, width = x.shape
     flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
     if not _wide(x):
-        dx, sums_EX = _gradients(dy, x, w, bias, None, lengths, dx, flags, channels, tile)
-        return dx, sums_EX[:, :-1].to(w.dtype), None if bias is None else sums_EX[:, -1].to(bias.dtype)
+        dx, (dw, d_bias) = _gradients(dy, x, w, bias, None, lengths, dx, flags, channels, tile)
+        return dx, dw.view_as(w).to(w.dtype), None if bias is None else d_bias.to(bias.dtype)
     groups, tiles = -(-width // channels), -(-length // tile)
     dx = empty_like(x) if dx is None else dx
     parts = torch.empty(batch, tiles, flags["W"] + 1, width, device=x.device)
@@ -273,9 +276,8 @@ def convolve_shifted_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of input, taps, bias and shift."""
     flags, channels, tile = _plan(x, w, bias, None, False, False)
-    dx, sums_EX = _gradients(dy, x, w, bias, shift, None, None, flags, channels, tile)
-    dw, d_bias, d_shift = sums_EX.split([w.shape[1], 1, 1], dim=1)
-    return dx, dw.to(w.dtype), d_bias[:, 0].to(bias.dtype), d_shift[:, 0].to(shift.dtype)
+    dx, (dw, d_bias, d_shift) = _gradients(dy, x, w, bias, shift, None, None, flags, channels, tile)
+    return dx, dw.view_as(w).to(w.dtype), d_bias.to(bias.dtype), d_shift.to(shift.dtype)
 
 
 def _gradients(
@@ -289,14 +291,15 @@ def _gradients(
     flags: dict[str, Any],
     channels: int,
     tile: int,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernel of contiguous time; return the input's gradient, and by channel those of w, bias and shift."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run the kernel of contiguous time; return the input's gradient, and those of w (flat), bias and shift, if any."""
     batch, length, width = x.shape
     groups, tiles = -(-width // channels), -(-length // tile)
     dx = empty_like(x) if dx is None else dx
-    parts = torch.empty(batch, tiles, width, flags["W"] + (1 if shift is None else 2), device=x.device)
+    sizes = [width * flags["W"], width] + ([] if shift is None else [width])
+    parts = torch.empty(batch, tiles, sum(sizes), device=x.device)
     launch(
         _backward, (groups * tiles, batch), (x, w.contiguous(), bias, shift, lengths, dy, dx, parts),
         (width, length, tiles, groups, *x.stride(), *dy.stride(), *dx.stride()), HAS_SHIFT=shift is not None, **flags,
     )  # fmt: skip
-    return dx, parts.sum((0, 1))
+    return dx, parts.sum((0, 1)).split(sizes)

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
+from genossm.ops.time_last import row_sum
 
 _KEPT_BYTES = 1 << 30
 """A checkpointed layer keeps its long convolution up to this size, and makes it again above: there memory counts."""
 
 
+_SHORT_BYTES = 1 << 24
+"""Projections up to this size are kept with what the short convolution made of them: launching takes longer."""
 _SHARE = 16
 """Part of a GPU's memory that the spectra of all checkpointed layers may take; those of one, half of it."""
 _keeping: "list[weakref.ref[Tensor]]" = []
@@ -41,6 +44,9 @@ class _Implicit:
 
     def add(self, first: int, d_GL: Tensor) -> None:
         rows = slice(first, first + len(d_GL))
+        if len(d_GL) == len(self.w):
+            self.dh, self.dw = self.w.T @ d_GL, d_GL @ self.h.T
+            return
         if first == 0:
             self.dw = torch.empty_like(self.w)
             self.dh = self.w[rows].T @ d_GL
@@ -56,7 +62,7 @@ class HyenaConv(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         u, *short, skip, k, size, train = given
         train = train and any(ctx.needs_input_grad)
-        y, conv, spectra = _mix(u, None, short, skip, fftconv_triton.Given(k), size, train)
+        y, conv, spectra, _ = _mix(u, None, short, skip, fftconv_triton.Given(k), size, train)
         ctx.save_for_backward(u, *short, skip, k, conv, *spectra)
         ctx.size = size
         return y
@@ -65,7 +71,8 @@ class HyenaConv(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u, w, bias, skip, k, conv, *spectra = ctx.saved_tensors
         filters = fftconv_triton.Given(k)
-        d_BLC, d_skip = _mix_backward(grads[0], u, None, [w, bias], skip, filters, ctx.size, conv, spectra)
+        mixed = causal_conv1d_triton.convolve(u, w, bias)
+        d_BLC, d_skip = _mix_backward(grads[0], mixed, skip, filters, ctx.size, conv, spectra)
         return (*causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias), d_skip, filters.dk, None, None)
 
 
@@ -78,23 +85,31 @@ class ImplicitHyenaConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         x, weight, shift, w, bias, skip, h, last, decay, t, floor, size, train = given
-        # Under autocast this is in half precision, what follows is not.
+        dtypes = x.dtype, None if weight is None else weight.dtype
+        if weight is not None and torch.is_autocast_enabled("cuda"):
+            # As the product takes them, so that the backward pass need not round them again; what follows is float32's.
+            x, weight = (given.to(torch.get_autocast_dtype("cuda")) for given in (x, weight))
         u = x if weight is None else _projected(x, weight)
         with torch.autocast("cuda", enabled=False):
             filters = _Implicit(u.shape[1], h, last, decay, t, floor)
-            y, conv, spectra = _mix(u, shift, [w, bias], skip, filters, size, train and any(ctx.needs_input_grad))
-        ctx.save_for_backward(x, weight, shift, w, bias, skip, h, last, decay, t, conv, *spectra)
-        ctx.options = (floor, size, u.dtype)
+            train = train and any(ctx.needs_input_grad)
+            y, conv, spectra, mixed = _mix(u, shift, [w, bias], skip, filters, size, train)
+        held = (u, mixed) if u.nbytes <= _SHORT_BYTES and not kept.inside() else (None, None)
+        ctx.save_for_backward(x, weight, shift, w, bias, skip, h, last, decay, t, conv, *held, *spectra)
+        ctx.options = (floor, size, *dtypes)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, shift, w, bias, skip, h, last, decay, t, conv, *spectra = ctx.saved_tensors
-        floor, size, dtype = ctx.options
-        u = x if weight is None else _projected(x.to(dtype), weight.to(dtype))
+        x, weight, shift, w, bias, skip, h, last, decay, t, conv, u, mixed, *spectra = ctx.saved_tensors
+        floor, size, x_dtype, weight_dtype = ctx.options
+        if u is None:
+            u = x if weight is None else _projected(x, weight)
+        if mixed is None:
+            mixed = causal_conv1d_triton.convolve(u, w, bias, shift=shift)
         length = u.shape[1]
         filters = _Implicit(length, h, last, decay, t, floor)
-        d_BLC, d_skip = _mix_backward(grads[0], u, shift, [w, bias], skip, filters, size, conv, spectra)
+        d_BLC, d_skip = _mix_backward(grads[0], mixed, skip, filters, size, conv, spectra)
         behind = h.shape[1] - length
         dh = torch.nn.functional.pad(filters.dh, (0, behind)) if behind else filters.dh
         of_filters = (d_skip, dh, filters.dw, *[None] * 5)
@@ -102,8 +117,8 @@ class ImplicitHyenaConv(torch.autograd.Function):
             du, dw, d_bias = causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias)
             return (du, None, None, dw, d_bias, *of_filters)
         du, dw, d_bias, d_shift = causal_conv1d_triton.convolve_shifted_backward(d_BLC, u, w, bias, shift)
-        dx = (du @ weight.to(dtype)).to(x.dtype)
-        d_weight = (du.transpose(1, 2) @ x.to(dtype)).sum(0).to(weight.dtype)
+        dx = (du @ weight).to(x_dtype)
+        d_weight = row_sum(du.transpose(1, 2) @ x).to(weight_dtype)
         return (dx, d_weight, d_shift, dw, d_bias, *of_filters)
 
 
@@ -120,8 +135,8 @@ def _mix(
     filters: fftconv_triton.Filters,
     size: int,
     train: bool,
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return the result and what the backward pass needs of it.
+) -> tuple[Tensor, Tensor | None, list[Tensor], Tensor | None]:
+    """Return the result and what the backward pass needs of it, at last the short convolution's where it was made.
 
     A checkpointed layer keeps the long convolution, which it gates again, and where there is room the spectra.
     """
@@ -132,8 +147,9 @@ def _mix(
         conv, *spectra = kept.kept()
         own = None if shift is None else shift[:width]
         x0 = causal_conv1d_triton.convolve(u[..., :width], w[:width], bias[:width], shift=own)
-        return (conv * x0.transpose(1, 2)).transpose(1, 2), conv, spectra
-    x0, x1, v = causal_conv1d_triton.convolve(u, w, bias, shift=shift).chunk(3, dim=-1)
+        return (conv * x0.transpose(1, 2)).transpose(1, 2), conv, spectra, None
+    mixed = causal_conv1d_triton.convolve(u, w, bias, shift=shift)
+    x0, x1, v = mixed.chunk(3, dim=-1)
     keep = fftconv_triton.KEPT_BYTES if train else 0
     if kept.inside():
         taken = fftconv_triton.spectra_bytes(size, width, len(u))
@@ -142,7 +158,7 @@ def _mix(
     if small and made is not None:
         kept.keep(made, *spectra)
         _keeping.extend(weakref.ref(spectrum) for spectrum in spectra if kept.inside())
-    return y, made, spectra
+    return y, made, spectra, mixed
 
 
 def _room(device: torch.device) -> int:
@@ -155,9 +171,7 @@ def _room(device: torch.device) -> int:
 
 def _mix_backward(
     dy: Tensor,
-    u: Tensor,
-    shift: Tensor | None,
-    short: list[Tensor],
+    mixed: Tensor,
     skip: Tensor,
     filters: fftconv_triton.Filters,
     size: int,
@@ -165,9 +179,9 @@ def _mix_backward(
     spectra: list[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the short convolution's results, side by side, and of skip; filters take their own."""
-    x0, x1, v = causal_conv1d_triton.convolve(u, *short, shift=shift).chunk(3, dim=-1)
-    batch, length, width = u.shape
-    d_BCL = torch.empty(batch, width, length, dtype=u.dtype, device=u.device)
+    x0, x1, v = mixed.chunk(3, dim=-1)
+    batch, length, width = mixed.shape
+    d_BCL = torch.empty(batch, width, length, dtype=mixed.dtype, device=mixed.device)
     d_out, d_in, dx = d_BCL.chunk(3, dim=1)
     d_skip, _ = fftconv_triton.convolve_backward(
         dy, v, filters, skip, None, x1, x0, conv, spectra, size, dx, d_in, d_out

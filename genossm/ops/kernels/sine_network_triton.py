@@ -91,7 +91,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    z, first, inner, bias, freq, grad, d_before, d_w, d_bias, d_freq, L, still, F: tl.constexpr, E: tl.constexpr,
+    z, first, inner, bias, freq, grad, d_before, d_w, d_bias, d_freq, L, still, step, F: tl.constexpr, E: tl.constexpr,
     LAYER: tl.constexpr, HAS_BEFORE: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Pass the gradient of layer LAYER to its weights, and where HAS_BEFORE to what it is made of."""
@@ -126,9 +126,9 @@ def _backward(
             to = column.to(tl.int64)[:, None] * L + t[None, :]
             tl.store(d_before + to, before, (column < columns)[:, None] & (t < L)[None, :])
     part = tl.program_id(0)
-    tl.store(d_freq + part * F + row, d_frequency, inside)
-    tl.store(d_bias + part * F + row, d_shift, inside)
-    at = part * F * columns + row[:, None] * columns + column[None, :]
+    tl.store(d_freq + part * step + row, d_frequency, inside)
+    tl.store(d_bias + part * step + row, d_shift, inside)
+    at = part * step + row[:, None] * columns + column[None, :]
     tl.store(d_w + at, d_matrix, inside[:, None] & (column < columns)[None, :])
 
 
@@ -146,32 +146,32 @@ class SineNetwork(torch.autograd.Function):
             _forward, (triton.cdiv(length, _T),), (z, first, inner, bias, freq, out), (length,), F=width, E=features,
             LAYERS=layers, BF=_padded(width), BE=_padded(features), T=_T, num_warps=4,
         )  # fmt: skip
-        ctx.save_for_backward(z, freq, *rest)
+        ctx.save_for_backward(z, freq, first, inner, bias)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, freq, *rest = ctx.saved_tensors
-        layers = len(rest) // 2
-        first, inner, bias = _stacked(rest[:layers], rest[layers:])
-        (features, length), width = z.shape, freq.shape[0]
+        z, freq, first, inner, bias = ctx.saved_tensors
+        (features, length), (layers, width) = z.shape, bias.shape
         programs = min(_PROGRAMS, triton.cdiv(length, _T))
         dh = grads[0].contiguous()
-        d_freq = torch.zeros_like(freq)
-        found: list[Tensor] = []
+        # What a program adds up of all layers lies side by side, so that one sum adds up all programs.
+        sizes = [first.numel(), *[width * width] * (layers - 1), *[width] * (2 * layers)]
+        parts_PX = torch.empty(programs, sum(sizes), device=z.device)
+        parts = parts_PX.split(sizes, dim=1)
         for layer in reversed(range(layers)):
             before = torch.empty_like(dh if layer > 0 else z) if layer > 0 or ctx.needs_input_grad[0] else None
-            parts = [torch.empty(programs, *like.shape, device=z.device) for like in (rest[layer], freq, freq)]
             launch(
-                _backward, (programs,), (z, first, inner, bias, freq, dh, before, *parts), (length, 0),
-                F=width, E=features, LAYER=layer, HAS_BEFORE=before is not None, BF=_padded(width),
-                BE=_padded(features), T=_T // 2, num_warps=_WARPS, num_stages=1,
+                _backward, (programs,), (z, first, inner, bias, freq, dh, before, *parts[layer::layers]),
+                (length, 0, sum(sizes)), F=width, E=features, LAYER=layer, HAS_BEFORE=before is not None,
+                BF=_padded(width), BE=_padded(features), T=_T // 2, num_warps=_WARPS, num_stages=1,
             )  # fmt: skip
-            d_w, d_bias, d_more = (part.sum(0) for part in parts)
-            found = [d_w, *found[: layers - 1 - layer], d_bias, *found[layers - 1 - layer :]]
-            d_freq += d_more
             dh = before
-        return dh, d_freq, None, *found
+        total_X = parts_PX.sum(0)
+        found = total_X.split(sizes)
+        weights = [d.view(width, -1) for d in found[:layers]]
+        d_freq = total_X[-layers * width :].view(layers, width).sum(0)
+        return dh, d_freq, None, *weights, *found[layers : 2 * layers]
 
 
 def _stacked(weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
