@@ -37,7 +37,8 @@ class NarrowMLP(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         x_BLD, *weights = given
         ctx.dtype, ctx.has_bias = weights[0].dtype, weights[-1] is not None
-        in_FD, bias_F, out_DF, bias_D = (None if weight is None else weight.to(x_BLD.dtype) for weight in weights)
+        rounded: list[Any] = [None if weight is None else weight.to(x_BLD.dtype) for weight in weights]
+        in_FD, bias_F, out_DF, bias_D = rounded
         ctx.save_for_backward(x_BLD, in_FD, bias_F, out_DF)
         if kept.unread():
             # One number for all, which whoever took it would notice.
