@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genossm.embed import embed
 from genossm.models.hyenadna import HyenaDNAConfig
-from genossm.optim import Optim
+from genossm.optim import Optim, clip_norm
 from genossm.score import score
 from genossm.tasks.base import share_out
 
@@ -118,7 +118,7 @@ def steps(model: nn.Module, rows_BL: Tensor, count: int, half: bool) -> tuple[li
         with torch.autocast(rows_BL.device.type, torch.bfloat16, enabled=half):
             loss = model(rows_BL)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_norm(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(now(rows_BL.device) - began)

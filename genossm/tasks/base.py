@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from genossm.data.base import Batch
 from genossm.data.transforms import IGNORED, Objective
 from genossm.models.base import Backbone
-from genossm.optim import Optim
+from genossm.optim import Optim, clip_norm
 
 _PIECE = 1 << 16
 """Targets whose logits exist at once."""
@@ -47,6 +47,15 @@ class Task(L.LightningModule, ABC):
         optimizer = self.optim.build(self)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as the trainer says; the norm of weights that are shared out takes one message, not one a weight."""
+        if self.device_mesh is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_norm((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
 
 class LanguageModel(Task):
