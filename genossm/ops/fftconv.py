@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from genossm.ops import backend
+from genossm.ops.rows import whole_length
 
 _GROUP = 1 << 21
 """FFT elements handled at once: bounds the complex buffers and keeps them in cache (measured on two CPUs)."""
@@ -24,12 +25,14 @@ def good_size(n: int) -> int:
     return min(odd << max(0, (-(-n // odd) - 1).bit_length()) for odd in (1, 3, 5, 9, 15))
 
 
-def gpu_size(n: int) -> int:
-    """Return the size of transform of at least n for a GPU: powers of two are so much faster that few others pay."""
-    if n < 1:
-        raise ValueError(f"An FFT needs at least one element; got n={n}.")
-    power = 1 << max(1, (n - 1).bit_length())
-    return 5 * power // 8 if 5 * power // 8 >= n and power >= 16 else power
+def gpu_size(length: int) -> int:
+    """Return the size of a GPU's transform for sequences of so many positions, which it fills up to a `whole_length`.
+
+    It is a multiple of 16; powers of two are so much faster than most sizes that few others pay.
+    """
+    n = 2 * whole_length(length) - 1
+    power = 1 << (n - 1).bit_length()
+    return 5 * power // 8 if 5 * power // 8 >= n and power >= 256 else power
 
 
 def fftconv_ref(
@@ -92,7 +95,7 @@ def fftconv(
         return fftconv_ref(*tensors)
     if chosen == "triton" and x_BLD.dtype != torch.float64:
         kernels = importlib.import_module("genossm.ops.kernels.fftconv_triton")
-        return kernels.FFTConv.apply(*tensors, gpu_size(2 * length - 1), torch.is_grad_enabled())
+        return kernels.FFTConv.apply(*tensors, gpu_size(length), torch.is_grad_enabled())
     return _FFTConv.apply(*tensors)
 
 

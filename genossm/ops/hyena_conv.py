@@ -124,7 +124,7 @@ def hyena_conv(
             _check(x_BLD.shape[:2], u_BLC.w_CD.shape[0], w_CW, bias_C, k_DL, skip_D)
             check_shapes(w_CD=(u_BLC.w_CD, (len(bias_C), x_BLD.shape[2])), bias_C=(u_BLC.bias_C, (len(bias_C),)))
             kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
-            size = gpu_size(2 * x_BLD.shape[1] - 1)
+            size = gpu_size(x_BLD.shape[1])
             return kernels.ImplicitHyenaConv.apply(*u_BLC, w_CW, bias_C, skip_D, *k_DL, size, torch.is_grad_enabled())
         return hyena_conv(u_BLC.made(), w_CW, bias_C, k_DL, skip_D)
     _check(u_BLC.shape[:2], u_BLC.shape[2], w_CW, bias_C, k_DL, skip_D)
@@ -133,7 +133,7 @@ def hyena_conv(
     best = choose("hyena_conv", u_BLC.device, ["triton", "numba", "torch", "reference"]).name
     if best == "triton" and isinstance(k_DL, ImplicitFilter) and u_BLC.dtype != torch.float64:
         kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
-        size = gpu_size(2 * u_BLC.shape[1] - 1)
+        size = gpu_size(u_BLC.shape[1])
         return kernels.ImplicitHyenaConv.apply(
             u_BLC, None, None, w_CW, bias_C, skip_D, *k_DL, size, torch.is_grad_enabled()
         )
@@ -149,7 +149,7 @@ def hyena_conv(
         return _HyenaConv.apply(u_BLC.transpose(1, 2), w_CW, bias_C, k_DL, skip_D).transpose(1, 2)
     if chosen == "triton":
         kernels = importlib.import_module("genossm.ops.kernels.hyena_conv_triton")
-        size = gpu_size(2 * u_BLC.shape[1] - 1)
+        size = gpu_size(u_BLC.shape[1])
         return kernels.HyenaConv.apply(u_BLC, w_CW, bias_C, skip_D, k_DL, size, torch.is_grad_enabled())
     x0_BLD, x1_BLD, v_BLD = causal_conv1d(u_BLC, w_CW, bias_C).chunk(3, dim=-1)
     return fftconv(v_BLD, k_DL, skip_D, gate_in_BLD=x1_BLD, gate_out_BLD=x0_BLD)

@@ -14,9 +14,19 @@ from torch import Tensor
 from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import causal_conv1d_torch, causal_conv1d_walks
 from genossm.ops.kernels.triton_launch import launch
-from genossm.ops.kernels.triton_parts import empty_like, join_runs, load_tile, sigmoid, split_runs
+from genossm.ops.kernels.triton_parts import (
+    empty_like,
+    in_rows,
+    join_runs,
+    load_tile,
+    row_strides,
+    sigmoid,
+    split_runs,
+)
 
 _MOST_TAPS = 8
+# Neighbouring threads hold neighbouring positions, of which a row's stride says where they begin.
+_jit = triton.jit(do_not_specialize=["tiles", "groups"])
 
 
 @triton.jit
@@ -62,7 +72,7 @@ def _place(E, L, lengths, groups, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, T
     return row, tile, channel, tile.to(tl.int64) * T, end
 
 
-@triton.jit
+@_jit
 def _forward(
     x, w, bias, shift, lengths, y, E, L, groups, x_b, x_l, x_e, y_b, y_l, y_e,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -90,7 +100,7 @@ def _forward(
     tl.store(to, result.to(y.dtype.element_ty), inside[:, None] & (position < L)[None, :])
 
 
-@triton.jit
+@_jit
 def _backward(
     x, w, bias, shift, lengths, dy, dx, parts, E, L, tiles, groups, x_b, x_l, x_e, dy_b, dy_l, dy_e, dx_b, dx_l, dx_e,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -212,7 +222,7 @@ def _plan(
     # Four channels a thread, eight loads ahead: the fastest of ten forms (measured); short tiles where there are few.
     width = min(128, max(32, 1 << (x.shape[2] - 1).bit_length()))
     tile = 8 if triton_interpreted() else 64 if x.numel() >= 1 << 24 else 16
-    return flags | {"BD": width, "T": tile, "U": 8, "num_warps": 1}, width, tile
+    return flags | {"BD": width, "U": 8, "num_warps": 1}, width, tile
 
 
 def convolve(
@@ -233,13 +243,15 @@ def convolve(
     flags, channels, tile = _plan(x, w, bias, lengths, silu, reverse)
     groups = -(-width // channels)
     y = empty_like(x) if y is None else y
-    kernel, more = (causal_conv1d_walks.forward, ()) if _wide(x) else (_forward, (shift,))
-    if not _wide(x):
+    grid = (groups * -(-length // tile), batch)
+    if _wide(x):
+        x = in_rows(x)
+        numbers = (width, length, tile, groups, *row_strides(x), *row_strides(y))
+        launch(causal_conv1d_walks.forward, grid, (x, w.contiguous(), bias, lengths, y), numbers, **flags)
+    else:
+        numbers = (width, length, groups, *x.stride(), *y.stride())
         flags["HAS_SHIFT"] = shift is not None
-    launch(
-        kernel, (groups * -(-length // tile), batch), (x, w.contiguous(), bias, *more, lengths, y),
-        (width, length, groups, *x.stride(), *y.stride()), **flags,
-    )  # fmt: skip
+        launch(_forward, grid, (x, w.contiguous(), bias, shift, lengths, y), numbers, **flags)
     return y
 
 
@@ -263,9 +275,10 @@ def convolve_backward(
     groups, tiles = -(-width // channels), -(-length // tile)
     dx = empty_like(x) if dx is None else dx
     parts = torch.empty(batch, tiles, flags["W"] + 1, width, device=x.device)
+    x, dy = in_rows(x), in_rows(dy)
     launch(
         causal_conv1d_walks.backward, (groups * tiles, batch), (x, w.contiguous(), bias, lengths, dy, dx, parts),
-        (width, length, tiles, groups, *x.stride(), *dy.stride(), *dx.stride()), ADD=add, **flags,
+        (width, length, tile, tiles, groups, *row_strides(x), *row_strides(dy), *row_strides(dx)), ADD=add, **flags,
     )  # fmt: skip
     total = parts.sum((0, 1)).T
     return dx, total[:, :-1].to(w.dtype), None if bias is None else total[:, -1].to(bias.dtype)

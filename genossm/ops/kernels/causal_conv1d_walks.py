@@ -10,11 +10,12 @@ import triton.language as tl
 from genossm.ops.kernels.triton_parts import sigmoid
 
 # A length that 16 does not divide needs no code of its own: neighbouring threads hold neighbouring channels.
-_walk = triton.jit(do_not_specialize=["L", "tiles", "groups"])
+# Nor does a row's beginning: it is told in positions, so that a stride of channels that 16 divides still aligns it.
+_walk = triton.jit(do_not_specialize=["L", "T", "tiles", "groups", "x_rows", "y_rows", "dy_rows", "dx_rows"])
 
 
 @triton.jit
-def _place(lengths, E, L, groups, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
+def _place(lengths, E, L, T, groups, HAS_LENGTHS: tl.constexpr, BD: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0) // groups
     channel = tl.program_id(0) % groups * BD + tl.arange(0, BD)
@@ -58,15 +59,15 @@ def _next(window, new, W: tl.constexpr):
 
 @_walk
 def forward(
-    x, w, bias, lengths, y, E, L, groups, x_b, x_l, x_e, y_b, y_l, y_e,
+    x, w, bias, lengths, y, E, L, T, groups, x_rows, x_l, x_e, y_rows, y_l, y_e,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr,
+    BD: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Convolve; a window holds the W - 1 inputs before a position, nearest first."""
-    row, _, channel, inside, start, ends, lasts = _place(lengths, E, L, groups, HAS_LENGTHS, BD, T)
+    row, _, channel, inside, start, ends, lasts = _place(lengths, E, L, T, groups, HAS_LENGTHS, BD)
     wide = channel.to(tl.int64)
-    x_at = x + row * x_b + start * x_l + wide * x_e
-    y_at = y + row * y_b + start * y_l + wide * y_e
+    x_at = x + (row * x_rows + start) * x_l + wide * x_e
+    y_at = y + (row * y_rows + start) * y_l + wide * y_e
     taps = _taps(w, channel, inside, W)
     first = tl.load(bias + channel, inside, 0.0).to(tl.float32) if HAS_BIAS else 0.0
     window = ()
@@ -101,16 +102,17 @@ def _inner(d, window, taps, first, W: tl.constexpr, SILU: tl.constexpr):
 
 @_walk
 def backward(
-    x, w, bias, lengths, dy, dx, parts, E, L, tiles, groups, x_b, x_l, x_e, dy_b, dy_l, dy_e, dx_b, dx_l, dx_e,
+    x, w, bias, lengths, dy, dx, parts,
+    E, L, T, tiles, groups, x_rows, x_l, x_e, dy_rows, dy_l, dy_e, dx_rows, dx_l, dx_e,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr,
-    ADD: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, U: tl.constexpr,
+    ADD: tl.constexpr, BD: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Write the input's gradient (added to what is there where ADD) and the tile's part of those of taps and bias."""
-    row, tile, channel, inside, start, ends, lasts = _place(lengths, E, L, groups, HAS_LENGTHS, BD, T)
+    row, tile, channel, inside, start, ends, lasts = _place(lengths, E, L, T, groups, HAS_LENGTHS, BD)
     wide = channel.to(tl.int64)
-    x_at = x + row * x_b + start * x_l + wide * x_e
-    dy_at = dy + row * dy_b + start * dy_l + wide * dy_e
-    dx_at = dx + row * dx_b + start * dx_l + wide * dx_e
+    x_at = x + (row * x_rows + start) * x_l + wide * x_e
+    dy_at = dy + (row * dy_rows + start) * dy_l + wide * dy_e
+    dx_at = dx + (row * dx_rows + start) * dx_l + wide * dx_e
     taps = _taps(w, channel, inside, W)
     first = tl.load(bias + channel, inside, 0.0).to(tl.float32) if HAS_BIAS else 0.0
     # Steps are counted from W - 1 positions behind the tile, seen from the walk's end; those give gradients alone.

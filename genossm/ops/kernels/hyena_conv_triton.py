@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
+from genossm.ops.kernels.triton_parts import of_length, whole
 from genossm.ops.time_last import row_sum
 
 _KEPT_BYTES = 1 << 30
@@ -32,8 +33,8 @@ class _Implicit:
     group_bytes = 1 << 29
 
     def __init__(self, length: int, h: Tensor, w: Tensor, decay: Tensor, t: Tensor, shift: float):
-        self.h, self.w = h[:, :length], w
-        self.window = fftconv_triton.Window(decay, t, shift)
+        self.h, self.w = of_length(h, length), w
+        self.window = fftconv_triton.Window(decay, of_length(t[None], length)[0], shift)
         self.dh = self.dw = torch.empty(0)
 
     def rows(self, first: int, count: int) -> Tensor:
@@ -62,18 +63,22 @@ class HyenaConv(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         u, *short, skip, k, size, train = given
         train = train and any(ctx.needs_input_grad)
-        y, conv, spectra, _ = _mix(u, None, short, skip, fftconv_triton.Given(k), size, train)
+        filters = fftconv_triton.Given(fftconv_triton.fitted(k, u.shape[1]))
+        y, conv, spectra, _ = _mix(whole(u), None, short, skip, filters, size, train)
         ctx.save_for_backward(u, *short, skip, k, conv, *spectra)
         ctx.size = size
-        return y
+        return y[:, : u.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u, w, bias, skip, k, conv, *spectra = ctx.saved_tensors
-        filters = fftconv_triton.Given(k)
+        length = u.shape[1]
+        filters = fftconv_triton.Given(fftconv_triton.fitted(k, length))
+        dy, u = whole(grads[0]), whole(u)
         mixed = causal_conv1d_triton.convolve(u, w, bias)
-        d_BLC, d_skip = _mix_backward(grads[0], mixed, skip, filters, ctx.size, conv, spectra)
-        return (*causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias), d_skip, filters.dk, None, None)
+        d_BLC, d_skip = _mix_backward(dy, mixed, skip, filters, ctx.size, conv, spectra)
+        du, dw, d_bias = causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias)
+        return du[:, :length], dw, d_bias, d_skip, filters.gradient(k.shape[1]), None, None
 
 
 class ImplicitHyenaConv(torch.autograd.Function):
@@ -89,7 +94,7 @@ class ImplicitHyenaConv(torch.autograd.Function):
         if weight is not None and torch.is_autocast_enabled("cuda"):
             # As the product takes them, so that the backward pass need not round them again; what follows is float32's.
             x, weight = (given.to(torch.get_autocast_dtype("cuda")) for given in (x, weight))
-        u = x if weight is None else _projected(x, weight)
+        u = whole(x) if weight is None else _projected(whole(x), weight)
         with torch.autocast("cuda", enabled=False):
             filters = _Implicit(u.shape[1], h, last, decay, t, floor)
             train = train and any(ctx.needs_input_grad)
@@ -97,27 +102,25 @@ class ImplicitHyenaConv(torch.autograd.Function):
         held = (u, mixed) if u.nbytes <= _SHORT_BYTES and not kept.inside() else (None, None)
         ctx.save_for_backward(x, weight, shift, w, bias, skip, h, last, decay, t, conv, *held, *spectra)
         ctx.options = (floor, size, *dtypes)
-        return y
+        return y[:, : x.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, shift, w, bias, skip, h, last, decay, t, conv, u, mixed, *spectra = ctx.saved_tensors
         floor, size, x_dtype, weight_dtype = ctx.options
+        length, x = x.shape[1], whole(x)
         if u is None:
             u = x if weight is None else _projected(x, weight)
         if mixed is None:
             mixed = causal_conv1d_triton.convolve(u, w, bias, shift=shift)
-        length = u.shape[1]
-        filters = _Implicit(length, h, last, decay, t, floor)
-        d_BLC, d_skip = _mix_backward(grads[0], mixed, skip, filters, size, conv, spectra)
-        behind = h.shape[1] - length
-        dh = torch.nn.functional.pad(filters.dh, (0, behind)) if behind else filters.dh
-        of_filters = (d_skip, dh, filters.dw, *[None] * 5)
+        filters = _Implicit(u.shape[1], h, last, decay, t, floor)
+        d_BLC, d_skip = _mix_backward(whole(grads[0]), mixed, skip, filters, size, conv, spectra)
+        of_filters = (d_skip, of_length(filters.dh, h.shape[1]), filters.dw, *[None] * 5)
         if weight is None:
             du, dw, d_bias = causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias)
-            return (du, None, None, dw, d_bias, *of_filters)
+            return (du[:, :length], None, None, dw, d_bias, *of_filters)
         du, dw, d_bias, d_shift = causal_conv1d_triton.convolve_shifted_backward(d_BLC, u, w, bias, shift)
-        dx = (du @ weight).to(x_dtype)
+        dx = (du @ weight)[:, :length].to(x_dtype)
         d_weight = row_sum(du.transpose(1, 2) @ x).to(weight_dtype)
         return (dx, d_weight, d_shift, dw, d_bias, *of_filters)
 

@@ -13,7 +13,7 @@ _PAIRS = 1024
 """Pairs of features of a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _rotate(
     x, cos, sin, out, L, H, half, x_b, x_l, x_h, x_p, BACK: tl.constexpr, BP: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip

@@ -6,15 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_parts import in_rows, row_strides
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ROWS = 64
 """Positions, or channels of A, of a program."""
 
 
-@triton.jit(do_not_specialize=["L", "P", "blocks"])
+@triton.jit(do_not_specialize=["L", "P", "blocks", "B_rows", "C_rows"])
 def _prepare(
-    A, B, C, A_out, B_out, C_out, E, L, P, S, blocks, A_e, A_n, B_b, B_l, B_n, C_b, C_l, C_n,
+    A, B, C, A_out, B_out, C_out, E, L, P, S, blocks, A_e, A_n, B_rows, B_l, B_n, C_rows, C_l, C_n,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Write B and C as (rows, P, N) and A log2(e) as (N, E), 0 beyond the S states and the L positions."""
@@ -26,8 +27,10 @@ def _prepare(
         seen = (t < L) & (n < S)
         there = (t < P) & (n < N)
         to = (row * P + t) * N + n
-        tl.store(B_out + to, tl.load(B + row * B_b + t * B_l + n * B_n, seen, 0.0).to(B_out.dtype.element_ty), there)
-        tl.store(C_out + to, tl.load(C + row * C_b + t * C_l + n * C_n, seen, 0.0).to(C_out.dtype.element_ty), there)
+        b = tl.load(B + (row * B_rows + t) * B_l + n * B_n, seen, 0.0)
+        c = tl.load(C + (row * C_rows + t) * C_l + n * C_n, seen, 0.0)
+        tl.store(B_out + to, b.to(B_out.dtype.element_ty), there)
+        tl.store(C_out + to, c.to(C_out.dtype.element_ty), there)
     elif row == 0:
         e = ((block - blocks) * R + tl.arange(0, R))[:, None]
         rates = tl.load(A + e * A_e + n * A_n, (e < E) & (n < S), 0.0).to(tl.float32) * _LOG2E
@@ -44,10 +47,11 @@ def prepare(
     (width, given), (batch, real, _) = A_EN.shape, B_BLN.shape
     A_NE = torch.empty(states, width, device=A_EN.device)
     B_BPN, C_BPN = torch.empty(2, batch, length, states, dtype=dtype, device=A_EN.device)
+    B_BLN, C_BLN = in_rows(B_BLN), in_rows(C_BLN)
     blocks, of_A = -(-length // _ROWS), -(-width // _ROWS)
     launch(
         _prepare, (blocks + of_A, batch), (A_EN, B_BLN, C_BLN, A_NE, B_BPN, C_BPN),
-        (width, real, length, given, blocks, *A_EN.stride(), *B_BLN.stride(), *C_BLN.stride()),
+        (width, real, length, given, blocks, *A_EN.stride(), *row_strides(B_BLN), *row_strides(C_BLN)),
         N=states, R=_ROWS, num_warps=2,
     )  # fmt: skip
     return A_NE, B_BPN, C_BPN

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_parts import of_length
+from genossm.ops.rows import whole_length
 
 _T = 64
 _WARPS = 4
@@ -139,7 +141,8 @@ class SineNetwork(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         z, freq, layers, *rest = given
         first, inner, bias = _stacked(rest[:layers], rest[layers:])
-        z, freq = z.contiguous(), freq.contiguous()
+        given = z.shape[1]
+        z, freq = of_length(z, whole_length(given)).contiguous(), freq.contiguous()
         (features, length), width = z.shape, freq.shape[0]
         out = torch.empty(width, length, device=z.device)
         launch(
@@ -147,14 +150,15 @@ class SineNetwork(torch.autograd.Function):
             LAYERS=layers, BF=_padded(width), BE=_padded(features), T=_T, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(z, freq, first, inner, bias)
-        return out
+        ctx.given = given
+        return out[:, :given]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, freq, first, inner, bias = ctx.saved_tensors
         (features, length), (layers, width) = z.shape, bias.shape
         programs = min(_PROGRAMS, triton.cdiv(length, _T))
-        dh = grads[0].contiguous()
+        dh = of_length(grads[0], length).contiguous()
         # What a program adds up of all layers lies side by side, so that one sum adds up all programs.
         sizes = [first.numel(), *[width * width] * (layers - 1), *[width] * (2 * layers)]
         parts_PX = torch.empty(programs, sum(sizes), device=z.device)
@@ -171,7 +175,8 @@ class SineNetwork(torch.autograd.Function):
         found = total_X.split(sizes)
         weights = [d.view(width, -1) for d in found[:layers]]
         d_freq = total_X[-layers * width :].view(layers, width).sum(0)
-        return dh, d_freq, None, *weights, *found[layers : 2 * layers]
+        dz = None if dh is None else dh[:, : ctx.given]
+        return dz, d_freq, None, *weights, *found[layers : 2 * layers]
 
 
 def _stacked(weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

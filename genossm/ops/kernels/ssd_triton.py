@@ -30,6 +30,10 @@ _CHUNK = 64
 """Positions of a chunk."""
 _WIDEST = 128
 """Heads that are wider go through plain torch."""
+_TOGETHER = 16
+"""Chunks that the scan over them takes at once."""
+# A length needs no code of its own: neighbouring threads hold neighbouring channels or states.
+_jit = triton.jit(do_not_specialize=["L", "K"])
 
 
 def ssd(
@@ -150,7 +154,7 @@ def _between(r, m, Q: tl.constexpr, HAS_MET: tl.constexpr):
     return tl.where(seen, tl.exp(tl.where(seen, r[:, None] - r[None, :], 0.0)), 0.0)
 
 
-@triton.jit
+@_jit
 def _added(
     value, W, dt, reach, met, state, kept_out, L, S, H, G, P, N, K, v_b, v_l, v_h, v_p, w_b, w_l, w_g, w_n,
     ADJOINT: tl.constexpr, REVERSE: tl.constexpr, HAS_MET: tl.constexpr, HALF: tl.constexpr,
@@ -178,7 +182,7 @@ def _then(decay, state, next_decay, next_state):
     return decay * next_decay, next_decay * state + next_state
 
 
-@triton.jit
+@_jit
 def _chain(
     state, kept, first, last, width, K, HAS_FIRST: tl.constexpr, BACKWARD: tl.constexpr, WIDTH: tl.constexpr,
     U: tl.constexpr,
@@ -207,7 +211,7 @@ def _chain(
     tl.store(last + head * width + lane, carried, inside)
 
 
-@triton.jit
+@_jit
 def _outputs(
     x, B, C, dt, reach, met, state, y, L, S, H, G, P, N, K, x_b, x_l, x_h, x_p, b_b, b_l, b_g, b_n, c_b, c_l, c_g, c_n,
     REVERSE: tl.constexpr, HAS_MET: tl.constexpr, HALF: tl.constexpr,
@@ -236,7 +240,7 @@ def _outputs(
     tl.store(to, out, inside[:, None] & (p < P)[None, :])
 
 
-@triton.jit
+@_jit
 def _input_gradients(
     x, B, C, dy, dt, reach, met, state, adjoint, dx, ddt, dreach, L, S, H, G, P, N, K,
     x_b, x_l, x_h, x_p, b_b, b_l, b_g, b_n, c_b, c_l, c_g, c_n, y_b, y_l, y_h, y_p,
@@ -284,7 +288,7 @@ def _input_gradients(
     tl.store(to, (d_value * step[:, None]).to(dx.dtype.element_ty), inside[:, None] & (p < P)[None, :])
 
 
-@triton.jit
+@_jit
 def _group_gradients(
     x, B, C, dy, dt, reach, met, state, adjoint, dB, dC, L, S, H, G, P, N, K,
     x_b, x_l, x_h, x_p, b_b, b_l, b_g, b_n, c_b, c_l, c_g, c_n, y_b, y_l, y_h, y_p, tiles,
@@ -431,6 +435,6 @@ def _states(
         HAS_FIRST=first is not None,
         BACKWARD=adjoint,
         WIDTH=lanes,
-        U=min(16, triton.next_power_of_2(chunks)),
+        U=_TOGETHER,
     )
     return state, last

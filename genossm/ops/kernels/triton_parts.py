@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
+
+from genossm.ops.rows import whole_length
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -74,3 +77,31 @@ def empty_like(x_BLE: Tensor) -> Tensor:
     if x_BLE.stride(2) == 1 and x_BLE.stride(1) != 1:
         return torch.empty(batch, length, width, dtype=x_BLE.dtype, device=x_BLE.device)
     return torch.empty(batch, width, length, dtype=x_BLE.dtype, device=x_BLE.device).transpose(1, 2)
+
+
+def in_rows(x_BLE: Tensor) -> Tensor:
+    """Return a tensor whose rows begin a whole number of positions apart: itself but for a few views, or a copy."""
+    row, position, _ = x_BLE.stride()
+    whole = len(x_BLE) == 1 or row == 0 or (position > 0 and row % position == 0)
+    return x_BLE if whole else x_BLE.contiguous()
+
+
+def row_strides(x_BLE: Tensor) -> tuple[int, int, int]:
+    """Return how far rows are apart, in positions, and the strides of positions and channels."""
+    row, position, channel = x_BLE.stride()
+    return row // position if position else 0, position, channel
+
+
+def whole(x_BLE: Tensor) -> Tensor:
+    """Return a tensor with zeros behind its rows up to a `whole_length`: itself where it has one."""
+    missing = whole_length(x_BLE.shape[1]) - x_BLE.shape[1]
+    if missing == 0:
+        return x_BLE
+    if x_BLE.stride(1) == 1:
+        return pad(x_BLE.transpose(1, 2), (0, missing)).transpose(1, 2)
+    return pad(x_BLE, (0, 0, 0, missing))
+
+
+def of_length(x_EL: Tensor, length: int) -> Tensor:
+    """Return so many columns of a matrix, zeros behind those that it has."""
+    return x_EL[:, :length] if length <= x_EL.shape[1] else pad(x_EL, (0, length - x_EL.shape[1]))

@@ -1,0 +1,186 @@
+"""Kernels compiled side by side: the first call of an op asks at once for all that it and its gradient will launch.
+
+What an op launches only its code can tell. So a first call runs twice: once over a few positions, forward and backward,
+with every launch put off, which finds the kernels, and threads compile them while the op itself begins. Each launch
+then waits for its own kernel alone. What isn't found this way, or fails, is compiled where it is launched, as ever.
+"""
+
+import functools
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genossm.ops import kept
+
+logger = logging.getLogger(__name__)
+
+_POSITIONS = 1 << 12
+"""What is longer is cut for the rehearsal: kernels are the same for all lengths."""
+_MOST_THREADS = 16
+
+
+class Call(NamedTuple):
+    """A launch that was put off: what decides which code it needs."""
+
+    kernel: Any
+    tensors: "tuple[_Like | None, ...]"
+    numbers: tuple[float, ...]
+    flags: dict[str, Any]
+
+
+class _Like(NamedTuple):
+    """What Triton asks of a tensor to compile for it."""
+
+    dtype: torch.dtype
+    at: int
+
+    def data_ptr(self) -> int:
+        return self.at
+
+
+class _Here(threading.local):
+    """What a thread is doing."""
+
+    running: tuple[Any, bool, tuple[Any, ...]] | None = None
+    """The op whose forward pass runs, whether gradients are on, and what it is given."""
+    put_off: list[Call] | None = None
+    """The launches of a rehearsal."""
+
+
+class _Context:
+    """A context for a pass that autograd does not see."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]):
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+        self.fills = True
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.fills = value
+
+
+here = _Here()
+_seen: set[tuple[Any, ...]] = set()
+_asked: set[tuple[Any, ...]] = set()
+_compiling: dict[int, list[Future[None]]] = {}
+
+
+def together(function: Any) -> Any:
+    """Make the kernels of an autograd function be compiled side by side at its first call of a kind."""
+    alone = function.apply
+
+    def apply(*given: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return alone(*given)
+        before, here.running = here.running, (function, torch.is_grad_enabled(), given)
+        try:
+            return alone(*given)
+        finally:
+            here.running = before
+
+    function.apply = staticmethod(apply)
+    return function
+
+
+def put_off(kernel: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...], flags: dict[str, Any]) -> None:
+    """Note a launch of a rehearsal."""
+    assert here.put_off is not None
+    likes = tuple(None if t is None else _Like(t.dtype, t.data_ptr() % 16) for t in tensors)
+    here.put_off.append(Call(kernel, likes, numbers, flags))
+
+
+def prepare(kernel: Any, device: int) -> None:
+    """Ask for all kernels of the op that runs, if it is the first of its kind, and wait for this one."""
+    running = here.running
+    if running is not None and _threads() > 1:
+        function, gradients, given = running
+        needs_grad = tuple(gradients and isinstance(x, Tensor) and x.requires_grad for x in given)
+        key = (function, device, torch.is_autocast_enabled("cuda"), needs_grad, *map(_kind, given))
+        if key not in _seen:
+            _seen.add(key)
+            for call in _rehearsed(function, needs_grad, given):
+                _ask(call, device)
+    wait(_compiling.pop(id(kernel), ()))
+
+
+def rehearse(function: Any, needs_grad: tuple[bool, ...], given: tuple[Any, ...]) -> None:
+    """Run an autograd function over a few positions, and backward if any of what it is given needs a gradient."""
+    ctx = _Context(needs_grad)
+    with torch.no_grad(), kept.outside():
+        results = function.forward(ctx, *map(_short, given))
+        if not any(needs_grad):
+            return
+        grads = [torch.empty_like(y) for y in ([results] if isinstance(results, Tensor) else results)]
+        wholes = [grads]
+        if not ctx.fills and len(grads) > 1:
+            wholes += [[None if i == j else d for j, d in enumerate(grads)] for i in range(len(grads))]
+        # Autograd's own threads know of no autocast.
+        with torch.autocast("cuda", enabled=False):
+            for some in wholes:
+                function.backward(ctx, *some)
+
+
+def _rehearsed(function: Any, needs_grad: tuple[bool, ...], given: tuple[Any, ...]) -> list[Call]:
+    """Return what an op will launch; nothing where a rehearsal fails, for what that means the op itself will say."""
+    here.running, here.put_off = None, []
+    try:
+        rehearse(function, needs_grad, given)
+    except Exception as problem:
+        logger.warning("The kernels of %s are compiled one after the other: %s", function.__name__, problem)
+    finally:
+        calls, here.put_off = here.put_off, None
+    return calls
+
+
+def _ask(call: Call, device: int) -> None:
+    """Have a thread compile a kernel, once."""
+    key = (device, id(call.kernel), *call[1:3], *call.flags.items())
+    if key in _asked:
+        return
+    _asked.add(key)
+    # Made here, for it is kept with the kernel: threads must not be at it together.
+    _ = call.kernel.cache_key
+    _compiling.setdefault(id(call.kernel), []).append(_pool().submit(_compile, call, device))
+
+
+def _compile(call: Call, device: int) -> None:
+    with torch.cuda.device(device):
+        call.kernel.warmup(*call.tensors, *call.numbers, grid=(1,), **call.flags)
+
+
+def _threads() -> int:
+    return min(_MOST_THREADS, os.cpu_count() or 1)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="genossm-compile")
+
+
+def _kind(x: Any) -> Any:
+    """Return what tells an argument from one that needs other kernels; lengths are none of it."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.ndim
+    if isinstance(x, list | tuple):
+        return tuple(map(_kind, x))
+    return x if x is None or isinstance(x, bool | str | torch.dtype) else type(x)
+
+
+def _short(x: Any) -> Any:
+    """Return an argument cut to a few positions, laid out as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    long = [axis for axis, size in enumerate(x.shape) if size > _POSITIONS]
+    cut = x[tuple(slice(_POSITIONS) for _ in x.shape)]
+    if all(x.stride(axis) != 1 for axis in long):
+        return cut
+    # Contiguous positions are copied, for that they are so many is seen in the strides of the others.
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    return cut.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
