@@ -41,6 +41,16 @@ def inside() -> bool:
     return _running.get() is not None
 
 
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Step outside of the region that runs: what happens meanwhile is no part of it."""
+    token = _running.set(None)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
 def remaking() -> bool:
     """Tell whether a region is made again, for its gradients alone."""
     running = _running.get()

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
 
 _PROGRAMS = 2112
@@ -74,6 +75,7 @@ def _backward(
     tl.store(at + D, db, inside)
 
 
+@together
 class AddNorm(torch.autograd.Function):
     """x, y, weight, bias, eps, rms, the normed dtype -> x + y (or x itself) and its norm."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import causal_conv1d_torch, causal_conv1d_walks
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.kernels.triton_parts import (
     empty_like,
@@ -196,6 +197,7 @@ def _wide(x_BLE: Tensor) -> bool:
     return x_BLE.stride(2) == 1 and x_BLE.stride(1) != 1
 
 
+@together
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:

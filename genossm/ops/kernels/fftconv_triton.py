@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.kernels.triton_parts import of_length, whole
 from genossm.ops.rows import whole_length
@@ -294,6 +295,7 @@ def fitted(k: Tensor, length: int) -> Tensor:
     return of_length(k, whole_length(length)) if k.shape[1] % 16 or k.shape[1] < length else k
 
 
+@together
 class FFTConv(torch.autograd.Function):
     """x, k, skip, k_reverse, gate_in, gate_out, size, whether gradients are on -> y; as in `genossm.ops.fftconv`."""
 

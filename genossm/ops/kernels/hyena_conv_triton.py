@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_parts import of_length, whole
 from genossm.ops.time_last import row_sum
 
@@ -56,6 +57,7 @@ class _Implicit:
         self.dw[rows] = d_GL @ self.h.T
 
 
+@together
 class HyenaConv(torch.autograd.Function):
     """u, w, bias, skip, k, size, whether gradients are on -> y; tensors as in `genossm.ops.hyena_conv`."""
 
@@ -81,6 +83,7 @@ class HyenaConv(torch.autograd.Function):
         return du[:, :length], dw, d_bias, d_skip, filters.gradient(k.shape[1]), None, None
 
 
+@together
 class ImplicitHyenaConv(torch.autograd.Function):
     """Projections' x, weight, bias (or they, None, None), w, bias, skip, those of an implicit filter, size, train -> y.
 

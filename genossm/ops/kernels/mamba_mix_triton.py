@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton
 from genossm.ops.kernels.selective_scan_triton import Scan
+from genossm.ops.kernels.triton_ahead import together
 
 _PARAMETERS = 7
 _PIECE = 1 << 26
@@ -24,6 +25,7 @@ _SHARE = 64
 1,048,576 positions of 512 channels on 80 GB are below it (with the states 1.5 GiB a layer), twice as many above."""
 
 
+@together
 class MambaMix(torch.autograd.Function):
     """x, weight and bias of the projection in, lengths, directions' `reverse`, then 7 parameters a direction -> y.
 

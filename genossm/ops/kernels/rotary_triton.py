@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
 
 _PAIRS = 1024
@@ -34,6 +35,7 @@ def _rotate(
     tl.store(to + half, (second * c + first * s).to(out.dtype.element_ty), seen)
 
 
+@together
 class Rotate(torch.autograd.Function):
     """x, cos, sin -> the turned heads; tensors as in `genossm.ops.rotary`."""
 

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import selective_scan_parts, selective_scan_torch, selective_scan_walks
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states
 
@@ -239,6 +240,7 @@ class Scan:
         return dA_EN, None if self.D is None else dD, None if self.bias is None else dbias
 
 
+@together
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.kernels.triton_parts import of_length
 from genossm.ops.rows import whole_length
@@ -134,6 +135,7 @@ def _backward(
     tl.store(d_w + at, d_matrix, inside[:, None] & (column < columns)[None, :])
 
 
+@together
 class SineNetwork(torch.autograd.Function):
     """z, freq, the number of layers, their weights, their biases -> h; tensors as in `genossm.ops.sine_network`."""
 

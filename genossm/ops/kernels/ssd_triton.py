@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genossm.ops.kernels import ssd_torch
+from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states, real_positions
 
@@ -323,6 +324,7 @@ def _group_gradients(
     tl.store(dC + to, d_c.to(dC.dtype.element_ty), kept)
 
 
+@together
 class _Chunks(torch.autograd.Function):
     """The kernels with their own backward; only the inputs are kept."""
 

@@ -9,6 +9,7 @@ import functools
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,9 @@ class Call(NamedTuple):
     flags: dict[str, Any]
 
 
-class _Like(NamedTuple):
-    """What Triton asks of a tensor to compile for it."""
+@dataclass(frozen=True)
+class _Like:
+    """What Triton asks of a tensor to compile for it; a tuple would be one to Triton, too."""
 
     dtype: torch.dtype
     at: int

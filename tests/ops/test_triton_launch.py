@@ -1,0 +1,175 @@
+"""Which code the kernels of whole models need: the same for every length, and foreseen at an op's first call.
+
+No GPU is asked: models run on tensors without data, launches are noted, and Triton tells what it would compile.
+"""
+
+import contextlib
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.functional import cross_entropy
+
+import genossm.models.mamba
+import genossm.nn.hyena
+from genossm.models.base import Backbone, config_from_dict
+from genossm.ops import backend, kept
+from genossm.ops import kernels as of_ops
+
+pytestmark = pytest.mark.skipif(
+    not backend.installed("triton") or backend.triton_interpreted(), reason="asks Triton's compiler"
+)
+
+MODELS = {
+    "hyenadna": {"d_model": 256, "n_layer": 1, "max_length": 1 << 20},
+    "caduceus": {"d_model": 256, "n_layer": 1},
+    "caduceus_ps": {"d_model": 118, "n_layer": 1, "rcps": True},
+    "mamba": {"d_model": 256, "n_layer": 1},
+    "mamba2": {"d_model": 256, "n_layer": 1},
+    "striped_hyena": {"d_model": 256, "n_layer": 2},
+    "transformer": {"d_model": 256, "n_layer": 1},
+}
+SHAPES = [(1, 33_333), (3, 777), (16, 1000), (1, 1)]
+FEW = {
+    # Few tiles need no long chain; one row no sum over rows; each compiles in about a second at most.
+    "chain",
+    "_correlate",
+    # A gradient of one row or of several may come laid out in another way.
+    "_finish_backward",
+}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What the kernels' launches need, and how to note them instead."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    compiler, binders, found = make_backend(GPUTarget("cuda", 90, 32)), {}, set()
+    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+
+    def note(kernel, grid, tensors, numbers, **flags):
+        if kernel not in binders:
+            binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, compiler)
+        likes = [t if t is None else ahead._Like(t.dtype, t.storage_offset() * t.itemsize % 16) for t in tensors]
+        _, needs, _ = binders[kernel](*likes, *numbers, **flags)
+        found.add((kernel.fn.__module__.rsplit(".")[-1], kernel.fn.__name__, str(needs), str(flags)))
+
+    for module in pkgutil.iter_modules(of_ops.__path__):
+        if "triton" in module.name or module.name == "selective_scan_parts":
+            loaded = importlib.import_module(f"{of_ops.__name__}.{module.name}")
+            if hasattr(loaded, "launch"):
+                monkeypatch.setattr(loaded, "launch", note)
+    # Tensors without data lie on the CPU; models are to take them for a GPU's.
+    monkeypatch.setattr(backend, "triton_interpreted", lambda: True)
+    monkeypatch.setattr(FakeTensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(Backbone, "check", lambda *given: None)
+    monkeypatch.setattr(genossm.models.mamba, "_PIECE", 1 << 60)
+    monkeypatch.setattr(genossm.nn.hyena, "_LONG", {"cpu": genossm.nn.hyena._LONG["cuda"]})
+    monkeypatch.setattr(genossm.nn.hyena, "_CHANNELS", {"cpu": genossm.nn.hyena._CHANNELS["cuda"]})
+    monkeypatch.setattr(genossm.nn.hyena, "_ELEMENTS", 1 << 60)
+    return found
+
+
+@contextlib.contextmanager
+def bfloat16():
+    for device in ("cpu", "cuda"):
+        torch.set_autocast_dtype(device, torch.bfloat16)
+        torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        for device in ("cpu", "cuda"):
+            torch.set_autocast_enabled(device, False)
+
+
+def run(model, batch, length, train=True):
+    ids_BL = torch.zeros(batch, length, dtype=torch.long)
+    with backend.use_backend("triton"), torch.set_grad_enabled(train):
+        with bfloat16():
+            logits = model.logits(model(ids_BL))
+        if train:
+            cross_entropy(logits.float().flatten(0, 1), ids_BL.flatten()).backward()
+
+
+def build(name):
+    return config_from_dict({"model_type": name.removesuffix("_ps"), **MODELS[name]}).build().train()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_new_length_compiles_next_to_nothing(name, launches):
+    with FakeTensorMode():
+        model = build(name)
+        run(model, 1, 4096)
+        run(model, 1, 4096, train=False)
+        before = set(launches)
+        assert before
+        for shape in SHAPES:
+            run(model, *shape)
+            run(model, *shape, train=False)
+    new = {kernel for kernel in launches - before if kernel[1] not in FEW}
+    assert not new
+    assert len(launches - before) <= 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_first_call_of_an_op_foresees_its_kernels(name, launches, monkeypatch):
+    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+    asked, seen = set(), set()
+    note = importlib.import_module("genossm.ops.kernels.add_norm_triton").launch
+
+    def note_and_rehearse(kernel, grid, tensors, numbers, **flags):
+        if ahead.here.running is not None:
+            function, gradients, given = ahead.here.running
+            needs = tuple(gradients and isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+            key = (function, needs, *map(ahead._kind, given))
+            if key not in seen:
+                seen.add(key)
+                ahead.here.running = None
+                before = set(launches)
+                launches.clear()
+                ahead.rehearse(function, needs, given)
+                asked.update(launches)
+                launches.clear()
+                launches.update(before)
+        note(kernel, grid, tensors, numbers, **flags)
+
+    for module in pkgutil.iter_modules(of_ops.__path__):
+        loaded = importlib.import_module(f"{of_ops.__name__}.{module.name}") if "_triton" in module.name else None
+        if getattr(loaded, "launch", None) is note:
+            monkeypatch.setattr(loaded, "launch", note_and_rehearse)
+    with FakeTensorMode():
+        run(build(name), 1, 8191)
+    # What stands alone has nothing to wait for.
+    alone = {"gelu_triton", "column_sum_triton", "selective_scan_parts"}
+    assert not {kernel for kernel in launches - asked if kernel[0] not in alone}
+
+
+def test_a_rehearsal_that_fails_says_so_and_changes_nothing(caplog):
+    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+
+    @ahead.together
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            assert not kept.inside()
+            raise ValueError("no such kernel")
+
+    first, _ = kept.region()
+    with first:
+        assert ahead._rehearsed(Failing, (True,), (torch.zeros(3),)) == []
+        assert kept.inside()
+    assert "Failing are compiled one after the other: no such kernel" in caplog.text
+    assert ahead.here.put_off is None
+
+
+def test_a_rehearsal_cuts_long_arguments_and_keeps_how_they_lie():
+    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+    wide, long = torch.zeros(2, 9000, 7)[..., :5], torch.zeros(2, 5, 9000).transpose(1, 2)
+    assert ahead._short(wide).stride() == wide.stride()
+    assert ahead._short(long).stride() == (5 * 4096, 1, 4096)
+    assert {ahead._short(x).shape for x in (wide, long)} == {(2, 4096, 5)}
+    assert ahead._short(torch.zeros(4, 3).T).stride() == (1, 3)
