@@ -27,15 +27,15 @@ from genossm.inference import (
     strand_codes,
     tiles,
 )
-from genossm.jobs import Job, Progress, Shard
+from genossm.jobs import Job, Progress, Shard, part_size
 from genossm.models.base import Backbone
 from genossm.pooling import PART_VALUES, Piece, Pool, Settings
 from genossm.records import Records, TextRecords, open_records
 
 logger = logging.getLogger(__name__)
 
-_PART_BASES = 1 << 22
-"""Bases that a part reads at most."""
+_PART_BASES, _LEAST_BASES = 1 << 22, 1 << 20
+"""Bases that a part reads at most, and, where there are enough, at least."""
 
 
 @dataclass
@@ -250,12 +250,13 @@ class Run:
         parts: list[list[Piece]] = [[]]
         bases = values = 0
         most_rows = max(1, PART_VALUES // sum(self.widths))
+        most_bases = part_size(int(self.records.lengths.sum()), _PART_BASES, _LEAST_BASES)
         for record, length in enumerate(self.records.lengths.tolist()):
             step = self.settings.step(length)
             size = length if self.is_carried(record) else step * max(1, min(most_rows, _PART_BASES // 4 // step))
             for start in range(0, length, size):
                 piece = Piece(record, start, min(start + size, length), step)
-                if parts[-1] and (bases + piece.end - start > _PART_BASES or values + piece.rows > most_rows):
+                if parts[-1] and (bases + piece.end - start > most_bases or values + piece.rows > most_rows):
                     parts.append([])
                     bases = values = 0
                 parts[-1].append(piece)

@@ -135,6 +135,7 @@ def _run(config: DictConfig, dataset: LabelledData | None, folder: Path, resumed
     data.batches = steps * accumulate
     optim: Optim = instantiate(config.optim, _convert_="all")
     task = build_task(config, model, optim, steps, labelled.target, data)
+    task.record = bool(config.record)
     monitor = f"val/{config.monitor if config.monitor != 'auto' else default_metric(labelled.target.kind)}"
     known = ["loss", *task.metric_names]
     if monitor.removeprefix("val/") not in known:

@@ -25,6 +25,8 @@ from genossm.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+_PROCESSES = 8
+"""So many processes, half or a quarter of them get equally many parts."""
 _SHOW_AFTER = 2.0
 """Seconds that a job runs before it shows its progress."""
 _LINE_EVERY = 15.0
@@ -57,6 +59,20 @@ class Shard:
     def owns(self, part: int) -> bool:
         """Tell whether this process computes a part."""
         return part % self.count == self.index
+
+
+def part_size(total: int, most: int, least: int) -> int:
+    """Return how much of some work makes a part, so that 2, 4 or 8 processes have equally much to do.
+
+    The number of processes is not asked for: a job may go on with another one.
+
+    Args:
+        total: the whole work.
+        most: of a part.
+        least: of a part, where that is not above `most`; little work makes few parts.
+    """
+    rounds = max(1, -(-total // (_PROCESSES * most)))
+    return max(min(least, most), -(-total // (_PROCESSES * rounds)))
 
 
 class Job:

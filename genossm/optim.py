@@ -1,7 +1,7 @@
 """Optimizers, parameter groups and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -72,7 +72,7 @@ class Optim:
         groups: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0}]
         if self.optimizer == "adamw":
             groups.insert(0, {"params": decayed, "weight_decay": self.weight_decay})
-            return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
+            return AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
         heads = {id(p) for name, p in module.named_parameters() if "lm_head" in name}
         matrices = [p for p in decayed if p.ndim == 2 and id(p) not in heads]
         others = [p for p in decayed if p.ndim != 2 or id(p) in heads]
@@ -83,7 +83,22 @@ class Optim:
         return Muon([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
 
 
-class Muon(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """AdamW that steps on what this process holds of each weight, where they are shared out among several.
+
+    Its arithmetic is elementwise, so that the numbers are the same; but all pieces go through one loop of the device,
+    where shared weights would go through a distributed operation each, which costs more time than the step itself.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        found = super()._init_group(group, *lists)
+        for tensors in lists:
+            if isinstance(tensors, list):  # Older versions of torch hand over a flag as well.
+                tensors[:] = held(tensors)
+        return found
+
+
+class Muon(AdamW):
     """AdamW whose groups marked `orthogonal` step along the nearest orthogonal matrix of their momentum instead.
 
     Every singular value of such a matrix's step has about the same size, so that rare directions are learned as fast
@@ -133,6 +148,42 @@ class Muon(torch.optim.AdamW):
                 rows, columns = matrices[index].shape
                 step_RC = step_RC.T if rows > columns else step_RC
                 matrices[index].add_(step_RC, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def held(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return what this process holds of each tensor: a piece of one that is shared out, else all of it."""
+    return [cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+
+
+@torch.no_grad()
+def clip_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients so that the norm of all of them together is at most `limit`.
+
+    Of weights that are shared out each process adds up the squares of what it holds, and all add up those sums at once.
+
+    Args:
+        parameters: whose gradients are meant; those without one are left out.
+        limit: the largest norm.
+
+    Returns:
+        The norm before, a scalar.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    shared = [grad for grad in grads if hasattr(grad, "to_local")]
+    norm = nn.utils.get_total_norm([grad for grad in grads if not hasattr(grad, "to_local")])
+    if shared:
+        square = _added_up(nn.utils.get_total_norm(held(shared)).square(), shared[0])
+        norm = (square + norm.to(square).square()).sqrt()
+    torch._foreach_mul_(held(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _added_up(part: Tensor, shared: Any) -> Tensor:
+    """Return the sum of a number over the processes that hold the pieces of a tensor."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    kinds = [Partial() if placement.is_shard() else Replicate() for placement in shared.placements]
+    return DTensor.from_local(part, shared.device_mesh, kinds, run_check=False).full_tensor()
 
 
 def _by_shape(matrices: list[Tensor]) -> list[list[int]]:

@@ -19,7 +19,7 @@ from genossm.dna.variant import Variant, Vcf, VcfRecord, letters, normalise, ref
 from genossm.effects import Effects, Site, open_classifier
 from genossm.files import BgzfWriter
 from genossm.inference import Opened, opened
-from genossm.jobs import Job, Progress, Shard, identity_of_file
+from genossm.jobs import Job, Progress, Shard, identity_of_file, part_size
 from genossm.models.base import Backbone
 from genossm.models.classifier import Classifier
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 FORMATS = (".vcf.gz", ".vcf", ".parquet", ".tsv")
 POLICIES = ("error", "warn", "skip")
-_PART_ALLELES = 1024
+_PART_ALLELES, _LEAST_ALLELES = 256, 32
+"""Alleles of a part at most, and, where there are enough, at least."""
 SCORED = "scored"
 STATUS = {
     SCORED: "it has scores",
@@ -307,10 +308,10 @@ class Run:
         self.progress: Progress | None = None
         # A site is never cut, so that its alleles share their work.
         self.parts: list[range] = []
-        first = 0
+        first, most = 0, part_size(len(alleles), _PART_ALLELES, _LEAST_ALLELES)
         for number in range(1, len(alleles) + 1):
             end = number == len(alleles)
-            if end or (number - first >= _PART_ALLELES and alleles[number].position != alleles[number - 1].position):
+            if end or (number - first >= most and alleles[number].position != alleles[number - 1].position):
                 self.parts.append(range(first, number))
                 first = number
         text, whole = pa.string(), pa.int64()

@@ -22,6 +22,8 @@ from genossm.errors import is_users_mistake
 
 logger = logging.getLogger(__name__)
 
+_SHORT_STEP = 1 << 16
+"""Tokens of a step up to which a GPU may be faster than Python asks it for the step's kernels."""
 _RUN_FOLDER = "GENOSSM_RUN_FOLDER"
 """Hands the run's folder to the processes that Lightning starts for several devices."""
 
@@ -107,6 +109,10 @@ def _train(config: DictConfig, folder: Path, resumed: bool) -> TrainResult:
         ],
     )
     model.gradient_checkpointing = bool(config.gradient_checkpointing)
+    task.record = bool(config.record)
+    tokens = config.batch_size * config.length
+    if on_gpu(trainer_values) and not config.record and tokens <= _SHORT_STEP:
+        logger.info("A GPU may wait for Python in steps of %d tokens: try record=true (docs/data.md)", tokens)
     if config.compile:
         model.compile()
     start = resume_from(config, folder, trainer.is_global_zero) if resumed else None

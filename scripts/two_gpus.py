@@ -1,6 +1,6 @@
 """Compare one GPU with several of a host: losses and speed of DDP and FSDP2, speed of embed and score.
 
-torchrun --standalone --nproc-per-node 2 scripts/two_gpus.py [--length 131072] [--steps 6] [--only embed score]
+torchrun --standalone --nproc-per-node 2 scripts/two_gpus.py [--length 131072] [--steps 24] [--only embed score]
 """
 
 import argparse
@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from genossm.embed import embed
 from genossm.models.hyenadna import HyenaDNAConfig
-from genossm.optim import Optim
+from genossm.optim import Optim, clip_norm
 from genossm.score import score
 from genossm.tasks.base import share_out
 
@@ -32,7 +33,7 @@ def main() -> None:
     """Measure, in turn, one process alone and all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=131_072)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=24, help="that are timed, of each kind")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
@@ -62,24 +63,24 @@ def train(config: HyenaDNAConfig, rows_RL: Tensor, count: int, device: torch.dev
     wrapped: dict[str, Callable[[NextBase], nn.Module]] = {"DDP": DistributedDataParallel, "FSDP2": shard}
     # Losses in float32, whose differences are those of the order of sums; times as training runs, in bfloat16.
     short = min(length, 16_384) + 1
-    alone = steps(build(config, device), rows_RL[:, :short], count, half=False)[0] if rank == 0 else []
-    single = steps(build(config, device), rows_RL[:1], count, half=True)[1] if rank == 0 else 0.0
+    alone = losses(build(config, device), rows_RL[:, :short]) if rank == 0 else []
+    single = times(build(config, device), rows_RL[:1], count) if rank == 0 else (0.0, 0.0)
     if rank == 0:
         say(f"one process, batch {ranks} x {short - 1}, float32: losses {shown(alone)}")
-        say(f"one process, batch 1 x {length}, bfloat16: {1e3 * single:.1f} ms a step")
+        say(f"one process, batch 1 x {length}, bfloat16: {in_milliseconds(single)}")
     for name, wrap in wrapped.items():
         distributed.barrier()
-        losses, _ = steps(wrap(build(config, device)), mine[:, :short], count, half=False)
-        distributed.barrier()
-        _, seconds = steps(wrap(build(config, device)), mine, count, half=True)
-        losses_R = torch.tensor(losses, device=device)
+        losses_R = torch.tensor(losses(wrap(build(config, device)), mine[:, :short]), device=device)
         distributed.all_reduce(losses_R)
+        distributed.barrier()
+        several = times(wrap(build(config, device)), mine, count)
         if rank == 0:
-            losses = (losses_R / ranks).tolist()
-            apart = max(abs(a - b) / abs(b) for a, b in zip(losses, alone, strict=True))
+            mean = (losses_R / ranks).tolist()
+            apart = max(abs(a - b) / abs(b) for a, b in zip(mean, alone, strict=True))
+            ratios = [f"{ranks * one / both:.2f}x" for one, both in zip(single, several, strict=True)]
             say(
-                f"{name}: losses {shown(losses)}, at most {apart:.1e} apart; {1e3 * seconds:.1f} ms a step,"
-                f" throughput {ranks * single / seconds:.2f}x"
+                f"{name}: losses {shown(mean)}, at most {apart:.1e} apart; {in_milliseconds(several)}, throughput"
+                f" {ratios[0]}, waiting {ratios[1]}"
             )
 
 
@@ -108,22 +109,45 @@ def shard(model: NextBase) -> nn.Module:
     return model
 
 
-def steps(model: nn.Module, rows_BL: Tensor, count: int, half: bool) -> tuple[list[float], float]:
-    """Train; return the loss of each step on these rows, and a step's median seconds."""
+def stepping(model: nn.Module, rows_BL: Tensor, half: bool) -> Callable[[], Tensor]:
+    """Return a function that takes a step on these rows and returns its loss."""
     optimizer = Optim(lr=1e-3).build(model)
-    losses: list[float] = []
-    seconds: list[float] = []
-    for _ in range(count):
-        began = now(rows_BL.device)
+
+    def step() -> Tensor:
         with torch.autocast(rows_BL.device.type, torch.bfloat16, enabled=half):
-            loss = model(rows_BL)
+            loss: Tensor = model(rows_BL)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_norm(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(now(rows_BL.device) - began)
-        losses.append(loss.item())
-    return losses, statistics.median(seconds[1:])
+        return loss.detach()
+
+    return step
+
+
+def losses(model: nn.Module, rows_BL: Tensor) -> list[float]:
+    """Return the losses of six steps in float32."""
+    step = stepping(model, rows_BL, half=False)
+    return [step().item() for _ in range(6)]
+
+
+def times(model: nn.Module, rows_BL: Tensor, count: int) -> tuple[float, float]:
+    """Return a step's seconds in a row of steps, as training takes them, and where each waits for the device."""
+    step = stepping(model, rows_BL, half=True)
+    for _ in range(3):
+        step()
+    rows: list[float] = []
+    for _ in range(3):
+        began = now(rows_BL.device)
+        for _ in range(count // 3):
+            step()
+        rows.append((now(rows_BL.device) - began) / (count // 3))
+    waiting: list[float] = []
+    for _ in range(count):
+        began = now(rows_BL.device)
+        step()
+        waiting.append(now(rows_BL.device) - began)
+    return statistics.median(rows), statistics.median(waiting)
 
 
 def now(device: torch.device) -> float:
@@ -149,7 +173,7 @@ def verbs(config: HyenaDNAConfig, device: torch.device, wanted: Sequence[str]) -
             width = min(given_window(config), len(bases) // 2)
             starts = [i * (len(bases) - width) // 63 for i in range(64)]
             bed.write_text("".join(f"{contig}\t{s}\t{s + width}\n" for s in starts))
-            # Two parts of what one process scores at a time, a part for each of two; a few more to warm up with.
+            # A few more to warm up with.
             write_variants(vcf, contig, bases, 2048 if device.type == "cuda" else 64)
             write_variants(folder / "warm.vcf", contig, bases, 64)
         distributed.barrier()
@@ -165,11 +189,10 @@ def verbs(config: HyenaDNAConfig, device: torch.device, wanted: Sequence[str]) -
 
         calls = {"embed": embedding, "score": scoring}
         for verb, call in {verb: call for verb, call in calls.items() if verb in wanted}.items():
-            one = timed(call, f"{verb}_warm", device, alone=True)
-            one = timed(call, f"{verb}_one", device, alone=True)
-            distributed.barrier()
-            timed(call, f"{verb}_all_warm", device, alone=False)
-            every = timed(call, f"{verb}_all", device, alone=False)
+            # Every process warms up on the whole of it, lest one of them compile while it is timed.
+            alone(call, f"{verb}_warm_{rank}")
+            one = timed(partial(alone, call) if rank == 0 else None, f"{verb}_one", device)
+            every = timed(call, f"{verb}_all", device)
             if rank == 0:
                 say(f"{verb}: {one:.2f} s by one process, {every:.2f} s by {ranks}: {one / every:.2f}x")
 
@@ -195,20 +218,29 @@ def write_variants(path: Path, contig: str, bases: str, count: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def timed(call: Callable[[str], object], part: str, device: torch.device, alone: bool) -> float:
-    """Return the seconds until every process that takes part is done; `alone`, the first one only."""
-    rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
+def timed(call: Callable[[str], object] | None, part: str, device: torch.device) -> float:
+    """Return the seconds until every process that has something to do is done."""
     distributed.barrier()
     began = now(device)
-    if not alone:
+    if call is not None:
         call(part)
-    elif rank == "0":
-        os.environ["WORLD_SIZE"] = "1"
-        call(part)
-        os.environ["WORLD_SIZE"] = ranks
-    took = now(device) - began
+    now(device)
     distributed.barrier()
-    return took if alone else now(device) - began
+    return now(device) - began
+
+
+def alone(call: Callable[[str], object], part: str) -> object:
+    """Call as a process would that torchrun has not started."""
+    started = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE")}
+    try:
+        return call(part)
+    finally:
+        os.environ.update(started)
+
+
+def in_milliseconds(step: tuple[float, float]) -> str:
+    """Return a step's times for people."""
+    return f"{1e3 * step[0]:.1f} ms a step ({1e3 * step[1]:.1f} where each waits for the device)"
 
 
 def shown(values: list[float]) -> str:

@@ -27,6 +27,7 @@ TINY = {
     "batch_size": 2,
     "gradient_checkpointing": False,
     "compile": False,
+    "record": False,
     "model.pretrained": None,
     "model.d_model": 16,
     "model.d_inner": None,

@@ -12,7 +12,7 @@ import torch
 
 from genossm import checkpoint
 from genossm.dna import alphabet
-from genossm.jobs import Job, Progress, Shard
+from genossm.jobs import Job, Progress, Shard, part_size
 from genossm.models.hyenadna import HyenaDNAConfig
 
 
@@ -158,3 +158,17 @@ def test_progress_shows_itself_after_two_seconds_with_the_time_left(monkeypatch,
         clock[0] += 20
         bar.advance(240)
     assert capsys.readouterr().err == "embedding: 250/1,000 bp, 60 s left\n"
+
+
+@pytest.mark.parametrize("total", [2048, 100_000, 3001, 600])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_processes_get_equally_much_to_do(total, ranks):
+    size = part_size(total, 256, 32)
+    parts = [min(size, total - first) for first in range(0, total, size)]
+    assert max(parts) <= 256
+    assert max(sum(parts[rank::ranks]) for rank in range(ranks)) <= 1.05 * total / ranks
+
+
+@pytest.mark.parametrize(("total", "most", "size"), [(40, 256, 32), (40, 2, 2), (0, 256, 32)])
+def test_little_work_makes_few_parts(total, most, size):
+    assert part_size(total, most, 32) == size

@@ -28,6 +28,7 @@ TINY = [
 WARMUP = ["data.warmup=[{batches: 4, length: 32, batch_size: 3}]"]
 EXACT = ["model.embed_dropout=0", "trainer.precision=32-true"]
 DDP = ["trainer=ddp", "trainer.devices=2", "processes=2", "batch_size=1"]
+FSDP = [*DDP[1:], "trainer=fsdp"]
 
 
 def left(folder):
@@ -69,7 +70,8 @@ SLOW_CASES = {
         [*DDP, "task=masked_lm", "trainer.accumulate_grad_batches=2"],
         [dies(9)],
     ),
-    "under 2 processes that share the weights": ([*DDP[1:], "trainer=fsdp"], [dies(5)]),
+    "under 2 processes that share the weights": (FSDP, [dies(5)]),
+    "under 2 processes that share the weights, by Muon": ([*FSDP, "optim.optimizer=muon"], [dies(5)]),
 }
 
 
@@ -97,7 +99,10 @@ def run_cases(cases, folder, run_trainings):
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, run_trainings):
     folder = tmp_path_factory.mktemp("resume")
-    return folder, run_cases({**CASES, "one process": (EXACT, [])}, folder, run_trainings)
+    errors = run_cases({**CASES, "one process": (EXACT, [])}, folder, run_trainings)
+    (statuses,) = run_trainings(training([*FSDP, *EXACT, "name='sharing weights, whole'"], folder=folder))
+    assert statuses == [0, 0], (folder / "stderr.txt").read_text()[-3000:]
+    return folder, errors
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,9 +121,12 @@ def test_a_truncated_checkpoint_is_reported(resumed):
     assert re.search("last.ckpt can't be read .*falling back to the one before it", resumed[1])
 
 
-def test_two_processes_do_what_one_does_with_the_same_global_batch(resumed):
+@pytest.mark.parametrize("name", ["under 2 processes", "sharing weights"])
+def test_two_processes_do_what_one_does_with_the_same_global_batch(resumed, name):
     folder, _ = resumed
-    (one, _), (two, _) = left(folder / "one process, whole"), left(folder / "under 2 processes, whole")
+    (one, kept_one), (two, kept_two) = left(folder / "one process, whole"), left(folder / f"{name}, whole")
+    for weight, tensor in kept_one["state_dict"].items():
+        torch.testing.assert_close(kept_two["state_dict"][weight], tensor, atol=1e-4, rtol=1e-3)
     rows_one, rows_two = (list(csv.DictReader(table.splitlines())) for table in (one, two))
     assert [row["step"] for row in rows_one] == [row["step"] for row in rows_two]
     for a, b in zip(rows_one, rows_two, strict=True):

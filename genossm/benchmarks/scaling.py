@@ -19,6 +19,7 @@ from genossm.benchmarks.sweep import Point, place
 from genossm.models.base import config_from_dict
 from genossm.models.mamba import MambaLM
 from genossm.ops.backend import installed, use_backend
+from genossm.recording import cause, record
 
 _log = logging.getLogger(__name__)
 LENGTHS = {
@@ -129,22 +130,14 @@ def _theirs(model: MambaLM, work: str, ids_BL: Tensor) -> Run:
 
 def _recorded(name: str, run: Run) -> dict[str, Run]:
     """Return a run that was recorded, so that its kernels start without Python, or nothing where it can't be."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            run()
+        replay, _ = record(run)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        _log.warning("%s can't be recorded as a CUDA graph: %s", name, str(error).partition("\n")[0])
+        _log.warning("%s can't be recorded as a CUDA graph: %s", name, cause(error))
         return {}
-    return {"as a CUDA graph": graph.replay}
+    return {"as a CUDA graph": replay}
 
 
 def _attention(name: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -96,10 +96,14 @@ class Supervised(Task):
         """Return one row a counted target: of the sequences, or of the positions or bins that have one."""
         return outputs, targets
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def training_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss."""
         outputs_MC, targets = self.flatten(self.answer(batch, self.conjoin == "always"), batch["targets"])
-        loss = self.loss(outputs_MC.float(), targets)
+        return self.loss(outputs_MC.float(), targets)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Return the mean loss."""
+        loss = self.step_loss(batch)
         self.log("train/loss", loss.detach())
         return loss
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import genossm.tasks.base as base
 from genossm.models.transformer import TransformerConfig
-from genossm.optim import Optim
+from genossm.optim import Optim, clip_norm
 from genossm.tasks.base import share_out
 from genossm.tasks.causal_lm import CausalLM
 
@@ -35,19 +37,57 @@ def test_no_target_is_no_row():
     assert len(nats_M) == len(guessed_M) == len(weights_M) == 0
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(("width", "own"), [(640, [0]), (16, [])])
-def test_large_blocks_are_shared_out_by_themselves_and_small_ones_together(width, own, tmp_path):
+def test_large_blocks_are_shared_out_by_themselves_and_small_ones_together(width, own, alone):
     from torch.distributed.fsdp import FSDPModule
 
     torch.manual_seed(0)
     model = TransformerConfig(d_model=width, n_layer=1, n_head=2).build().eval()
     ids_BL = torch.randint(7, 11, (1, 9))
     expected = model.logits(model(ids_BL)).detach()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    try:
-        share_out(model)
-        assert [i for i, block in enumerate(model.layers) if isinstance(block, FSDPModule)] == own
-        assert isinstance(model, FSDPModule)
-        torch.testing.assert_close(model.logits(model(ids_BL)).detach(), expected)
-    finally:
-        torch.distributed.destroy_process_group()
+    share_out(model)
+    assert [i for i, block in enumerate(model.layers) if isinstance(block, FSDPModule)] == own
+    assert isinstance(model, FSDPModule)
+    torch.testing.assert_close(model.logits(model(ids_BL)).detach(), expected)
+
+
+class Distributed(TorchDispatchMode):
+    """Counts operations on whole tensors that are shared out: each costs the host as much as many plain ones."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any("DTensor" in kind.__name__ for kind in types)
+        return func(*args, **(kwargs or {}))
+
+
+def test_shared_weights_are_clipped_and_stepped_as_whole_ones_piece_by_piece(alone):
+    ids_BL = torch.randint(7, 11, (1, 9))
+    found, counts = [], []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        model = TransformerConfig(d_model=16, n_layer=1, n_head=2).build().eval()
+        if shared:
+            share_out(model)
+        optimizer = Optim(lr=0.01).build(model)
+        for _ in range(3):
+            model.logits(model(ids_BL)).square().mean().backward()
+            with Distributed() as counting:
+                norm = clip_norm(model.parameters(), 0.05) if shared else clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+            optimizer.zero_grad()
+            counts.append(counting.count)
+        assert norm > 0.05
+        found.append([norm, *(p.full_tensor() if shared else p for p in model.parameters())])
+    # The first step makes the moments, and the norm is added up over the processes.
+    assert max(counts[4:]) <= 1, counts
+    for whole, gathered in zip(*found, strict=True):
+        torch.testing.assert_close(gathered, whole)
