@@ -136,7 +136,7 @@ class Effects:
                 found += self(sites)
             return np.array(found).reshape(len(positions), 3, len(self.columns))
         values = np.full((len(positions) * 3, len(self.columns)), np.nan)
-        reference = self._measure(self.ready.ids(sequence)[None].to(self.ready.device), None)
+        reference = _on_host(self._measure(self.ready.ids(sequence)[None].to(self.ready.device), None))
         ids_L = self.ready.ids(sequence)
         edits = [
             (at, ids_L.new_tensor(self._base_ids[base - alphabet.A]))
@@ -153,7 +153,7 @@ class Effects:
             rows = torch.arange(len(batch), device=room.device)
             places = torch.tensor([edits[row][0] for row in batch], device=room.device)
             room[rows, places] = torch.stack([edits[row][1] for row in batch]).to(room.device)
-            measured = self._measure(room[: len(batch)], None)
+            measured = _on_host(self._measure(room[: len(batch)], None))
             room[rows, places] = ids_L.to(room.device)[places]
             for index, row in enumerate(batch):
                 one = {name: value[index] for name, value in measured.items()}
@@ -181,30 +181,34 @@ class Effects:
         owners = list(_by_reference(sites, chosen).values())
         rows += [(numbers[0], 0) for numbers in owners]
         ids = [self.ready.ids(sites[number].sequences[allele]) for number, allele in rows]
+        found: list[tuple[list[int], dict[str, Tensor]]] = []
 
         def call(batch: list[int]) -> None:
-            values = self._measure(*self.ready.stack([ids[row] for row in batch]))
-            for index, row in enumerate(batch):
-                measured[rows[row]] = {name: value[index] for name, value in values.items()}
+            found.append((batch, self._measure(*self.ready.stack([ids[row] for row in batch]))))
 
         self.sizing.run([len(row) for row in ids], call)
+        # Only now, so that a GPU does not wait between two batches for the next to be prepared.
+        for batch, values in found:
+            host = _on_host(values)
+            for index, row in enumerate(batch):
+                measured[rows[row]] = {name: value[index] for name, value in host.items()}
         for numbers in owners:
             measured |= {(number, 0): measured[numbers[0], 0] for number in numbers}
 
-    def _measure(self, ids_BL: Tensor, lengths_B: Tensor | None) -> dict[str, Any]:
-        """Run rows and return what is compared of each: nats, mean embedding, the head's answer."""
+    def _measure(self, ids_BL: Tensor, lengths_B: Tensor | None) -> dict[str, Tensor]:
+        """Run rows and return what is compared of each, on the device: nats, mean embedding, the head's answer."""
         x_BLD = self.ready.model(ids_BL, lengths_B)
-        values: dict[str, Any] = {}
+        values: dict[str, Tensor] = {}
         if lengths_B is None:
             lengths_B = torch.full(ids_BL.shape[:1], ids_BL.shape[1], device=ids_BL.device)
         real_BL = length_mask(lengths_B, ids_BL.shape[1])
         if self.likelihoods:
-            values["nats"] = self._nats(x_BLD[:, :-1], ids_BL[:, 1:], real_BL[:, 1:]).sum(1).cpu().numpy()
+            values["nats"] = self._nats(x_BLD[:, :-1], ids_BL[:, 1:], real_BL[:, 1:]).sum(1)
         if self.pools:
             sums_BD = (x_BLD.float() * real_BL[..., None]).sum(1)
-            values["mean"] = (sums_BD / lengths_B[:, None]).double().cpu().numpy()
+            values["mean"] = (sums_BD / lengths_B[:, None]).double()
         if self.classifier is not None and "head" in self.methods:
-            values["answer"] = self.classifier.head(x_BLD, lengths_B).double().flatten(1).cpu().numpy()
+            values["answer"] = self.classifier.head(x_BLD, lengths_B).double().flatten(1)
         return values
 
     def _from_prefix(self, sites: Sequence[Site], chosen: Sequence[int], measured: dict[tuple[int, int], Any]) -> None:
@@ -345,6 +349,11 @@ class Effects:
                     values[column] = np.nan_to_num(values[column]) + answer.sign * nats
 
         self.sizing.run([len(sites[key.site].sequences[key.shown]) for key in keys], call)
+
+
+def _on_host(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the arrays of tensors, once the device has computed them."""
+    return {name: value.cpu().numpy() for name, value in values.items()}
 
 
 def _cut(site: Site) -> int:

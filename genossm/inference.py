@@ -59,11 +59,17 @@ class Opened:
         """Return ids_BL on the device, padded on the right, and the lengths where they differ."""
         longest = max(len(row) for row in rows)
         if all(len(row) == longest for row in rows):
-            return torch.stack(list(rows)).to(self.device), None
+            return self._sent(torch.stack(list(rows))), None
         ids_BL = torch.full((len(rows), longest), self.tokenizer.pad_id, dtype=rows[0].dtype)
         for row_BL, row in zip(ids_BL, rows, strict=True):
             row_BL[: len(row)] = row
-        return ids_BL.to(self.device), torch.tensor([len(row) for row in rows], device=self.device)
+        return self._sent(ids_BL), self._sent(torch.tensor([len(row) for row in rows]))
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device, without waiting for what a GPU still has to do."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 @contextlib.contextmanager

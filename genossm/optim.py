@@ -88,7 +88,18 @@ class AdamW(torch.optim.AdamW):
 
     Its arithmetic is elementwise, so that the numbers are the same; but all pieces go through one loop of the device,
     where shared weights would go through a distributed operation each, which costs more time than the step itself.
+    Where all weights are on a GPU, that loop is one kernel.
+
+    Args:
+        groups: parameters with their options.
+        options: of torch's AdamW.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any):
+        on_gpu = all(weight.is_cuda for group in groups for weight in group["params"])
+        super().__init__(groups, fused=on_gpu or None, **options)
+        # Gradients are clipped before the step, so that a scaler of float16 must have taken its scale off by then.
+        self._step_supports_amp_scaling = False
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         found = super()._init_group(group, *lists)
@@ -170,10 +181,11 @@ def clip_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     shared = [grad for grad in grads if hasattr(grad, "to_local")]
-    norm = nn.utils.get_total_norm([grad for grad in grads if not hasattr(grad, "to_local")])
-    if shared:
-        square = _added_up(nn.utils.get_total_norm(held(shared)).square(), shared[0])
-        norm = (square + norm.to(square).square()).sqrt()
+    whole = [grad for grad in grads if not hasattr(grad, "to_local")]
+    squares = [_added_up(nn.utils.get_total_norm(held(shared)).square(), shared[0])] if shared else []
+    # Nothing here may wait for the device: the step's host work hides behind the backward pass.
+    squares += [nn.utils.get_total_norm(whole).square()] if whole else []
+    norm = torch.stack(squares).sum().sqrt()
     torch._foreach_mul_(held(grads), (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 

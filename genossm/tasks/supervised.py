@@ -11,7 +11,7 @@ from genossm.data.examples import Target
 from genossm.dna.tokenizer import CharTokenizer
 from genossm.models.classifier import Classifier
 from genossm.nn.rc import complement_tensor, reverse_complement, reversed_rows
-from genossm.optim import Optim, decayed_parameters
+from genossm.optim import AdamW, Optim, decayed_parameters
 from genossm.tasks.base import Task
 from genossm.tasks.metrics import SplitMetrics
 
@@ -146,9 +146,7 @@ class Supervised(Task):
         """Return AdamW with a rate for each depth and its schedule, stepped once a step."""
         optimizer = self.optim.build(self)
         if self.layer_decay < 1:
-            optimizer = torch.optim.AdamW(
-                list(self._groups()), lr=self.optim.lr, betas=self.optim.betas, eps=self.optim.eps
-            )
+            optimizer = AdamW(self._groups(), lr=self.optim.lr, betas=self.optim.betas, eps=self.optim.eps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
