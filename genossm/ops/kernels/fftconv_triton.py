@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
-from genossm.ops.kernels.triton_parts import of_length, whole
+from genossm.ops.kernels.triton_parts import cut, of_length, whole
 from genossm.ops.rows import whole_length
 
 KEPT_BYTES = 1 << 30
@@ -308,7 +308,7 @@ class FFTConv(torch.autograd.Function):
         y, conv, spectra = convolve(x, Given(k), skip, behind, gate_in, gate_out, size, train=train, keep=keep)
         ctx.save_for_backward(*tensors, conv, *spectra)
         ctx.size = size
-        return y[:, : tensors[0].shape[1]]
+        return cut(y, tensors[0].shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -324,7 +324,7 @@ class FFTConv(torch.autograd.Function):
         d_skip, d_behind = convolve_backward(
             whole(grads[0]), x, filters, skip, behind, gate_in, gate_out, conv, spectra, ctx.size, dx, d_in, d_out
         )
-        d_in, d_out, dx = (None if d is None else d.transpose(1, 2)[:, :length] for d in (d_in, d_out, dx))
+        d_in, d_out, dx = (None if d is None else cut(d.transpose(1, 2), length) for d in (d_in, d_out, dx))
         d_behind = None if d_behind is None else of_length(d_behind, tensors[3].shape[1])
         return dx, filters.gradient(taps), d_skip, d_behind, d_in, d_out, None, None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
 from genossm.ops.kernels.triton_ahead import together
-from genossm.ops.kernels.triton_parts import of_length, whole
+from genossm.ops.kernels.triton_parts import cut, of_length, whole
 from genossm.ops.time_last import row_sum
 
 _KEPT_BYTES = 1 << 30
@@ -35,7 +35,8 @@ class _Implicit:
 
     def __init__(self, length: int, h: Tensor, w: Tensor, decay: Tensor, t: Tensor, shift: float):
         self.h, self.w = of_length(h, length), w
-        self.window = fftconv_triton.Window(decay, of_length(t[None], length)[0], shift)
+        times = t if len(t) == length else of_length(t[None], length)[0]
+        self.window = fftconv_triton.Window(decay, times, shift)
         self.dh = self.dw = torch.empty(0)
 
     def rows(self, first: int, count: int) -> Tensor:
@@ -69,7 +70,7 @@ class HyenaConv(torch.autograd.Function):
         y, conv, spectra, _ = _mix(whole(u), None, short, skip, filters, size, train)
         ctx.save_for_backward(u, *short, skip, k, conv, *spectra)
         ctx.size = size
-        return y[:, : u.shape[1]]
+        return cut(y, u.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,7 +81,7 @@ class HyenaConv(torch.autograd.Function):
         mixed = causal_conv1d_triton.convolve(u, w, bias)
         d_BLC, d_skip = _mix_backward(dy, mixed, skip, filters, ctx.size, conv, spectra)
         du, dw, d_bias = causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias)
-        return du[:, :length], dw, d_bias, d_skip, filters.gradient(k.shape[1]), None, None
+        return cut(du, length), dw, d_bias, d_skip, filters.gradient(k.shape[1]), None, None
 
 
 @together
@@ -105,7 +106,7 @@ class ImplicitHyenaConv(torch.autograd.Function):
         held = (u, mixed) if u.nbytes <= _SHORT_BYTES and not kept.inside() else (None, None)
         ctx.save_for_backward(x, weight, shift, w, bias, skip, h, last, decay, t, conv, *held, *spectra)
         ctx.options = (floor, size, *dtypes)
-        return y[:, : x.shape[1]]
+        return cut(y, x.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,9 +122,9 @@ class ImplicitHyenaConv(torch.autograd.Function):
         of_filters = (d_skip, of_length(filters.dh, h.shape[1]), filters.dw, *[None] * 5)
         if weight is None:
             du, dw, d_bias = causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias)
-            return (du[:, :length], None, None, dw, d_bias, *of_filters)
+            return (cut(du, length), None, None, dw, d_bias, *of_filters)
         du, dw, d_bias, d_shift = causal_conv1d_triton.convolve_shifted_backward(d_BLC, u, w, bias, shift)
-        dx = (du @ weight)[:, :length].to(x_dtype)
+        dx = cut(du @ weight, length).to(x_dtype)
         d_weight = row_sum(du.transpose(1, 2) @ x).to(weight_dtype)
         return (dx, d_weight, d_shift, dw, d_bias, *of_filters)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genossm.ops.kernels.triton_ahead import together
 from genossm.ops.kernels.triton_launch import launch
-from genossm.ops.kernels.triton_parts import of_length
+from genossm.ops.kernels.triton_parts import cut, of_length
 from genossm.ops.rows import whole_length
 
 _T = 64
@@ -153,7 +153,7 @@ class SineNetwork(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(z, freq, first, inner, bias)
         ctx.given = given
-        return out[:, :given]
+        return cut(out, given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,7 +177,7 @@ class SineNetwork(torch.autograd.Function):
         found = total_X.split(sizes)
         weights = [d.view(width, -1) for d in found[:layers]]
         d_freq = total_X[-layers * width :].view(layers, width).sum(0)
-        dz = None if dh is None else dh[:, : ctx.given]
+        dz = None if dh is None else cut(dh, ctx.given)
         return dz, d_freq, None, *weights, *found[layers : 2 * layers]
 
 

@@ -101,7 +101,7 @@ def put_off(kernel: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[floa
 def prepare(kernel: Any, device: int) -> None:
     """Ask for all kernels of the op that runs, if it is the first of its kind, and wait for this one."""
     running = here.running
-    if running is not None and _threads() > 1:
+    if running is not None and _threads() > 1 and not torch.cuda.is_current_stream_capturing():
         function, gradients, given = running
         needs_grad = tuple(gradients and isinstance(x, Tensor) and x.requires_grad for x in given)
         key = (function, device, torch.is_autocast_enabled("cuda"), needs_grad, *map(_kind, given))

@@ -104,4 +104,9 @@ def whole(x_BLE: Tensor) -> Tensor:
 
 def of_length(x_EL: Tensor, length: int) -> Tensor:
     """Return so many columns of a matrix, zeros behind those that it has."""
-    return x_EL[:, :length] if length <= x_EL.shape[1] else pad(x_EL, (0, length - x_EL.shape[1]))
+    return cut(x_EL, length) if length <= x_EL.shape[1] else pad(x_EL, (0, length - x_EL.shape[1]))
+
+
+def cut(x_BL: Tensor, length: int) -> Tensor:
+    """Return the first positions along the second axis; itself, at no cost, where it has no more."""
+    return x_BL if x_BL.shape[1] == length else x_BL[:, :length]
