@@ -7,6 +7,7 @@ then waits for its own kernel alone. What isn't found this way, or fails, is com
 
 import functools
 import logging
+import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
