@@ -28,10 +28,13 @@ def good_size(n: int) -> int:
 def gpu_size(length: int) -> int:
     """Return the size of a GPU's transform for sequences of so many positions, which it fills up to a `whole_length`.
 
-    It is a multiple of 16; powers of two are so much faster than most sizes that few others pay.
+    It is a multiple of 16; powers of two are so much faster than most sizes that few others pay, and for long sequences
+    none does.
     """
     n = 2 * whole_length(length) - 1
     power = 1 << (n - 1).bit_length()
+    if 1 << 17 < power <= 1 << 23:
+        return power
     return 5 * power // 8 if 5 * power // 8 >= n and power >= 256 else power
 
 

@@ -142,6 +142,23 @@ def test_fftconv(shape, time_last, gated, reverse):
 
 
 @small
+@pytest.mark.parametrize(
+    ("shape", "row", "reverse"), [((1, 48, 3), 16, False), ((2, 200, 2), 16, True), ((1, 999, 2), 8, True)], ids=str
+)
+def test_fftconv_of_long_sequences(monkeypatch, shape, row, reverse):
+    kernels = importlib.import_module("genossm.ops.kernels.fftconv_triton")
+    monkeypatch.setattr(kernels, "LONG", range(1 << 24))
+    monkeypatch.setattr(kernels.Given, "group_bytes", 1)
+    monkeypatch.setattr("genossm.ops.kernels.fftconv_long_triton._ROW", row)
+    inputs = {"x_BLD": draw(*shape, time_last=True), "k_DL": draw(shape[2], shape[1]), "skip_D": draw(shape[2])}
+    inputs |= {"gate_in_BLD": draw(*shape), "gate_out_BLD": draw(*shape, time_last=True)}
+    if reverse:
+        inputs["k_reverse_DL"] = draw(shape[2], shape[1])
+    with use_backend("triton"):
+        assert_equals_reference(fftconv, fftconv_ref, inputs, {})
+
+
+@small
 @pytest.mark.parametrize("length", [1, 37])
 def test_hyena_conv(length):
     inputs = {"u_BLC": draw(2, length, 15, time_last=True), "w_CW": draw(15, 3), "bias_C": draw(15)}
@@ -519,7 +536,7 @@ def test_causal_conv1d_at_real_lengths(dtype, allowed, reverse, time_last):
 
 @gpu
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("length", [8192, 131071])
+@pytest.mark.parametrize("length", [8192, 131071, 300001, 1000001])
 def test_fftconv_at_real_lengths(length, dtype, allowed):
     shape, long = (2, length, 9), {"dtype": dtype, "time_last": True}
     inputs = {

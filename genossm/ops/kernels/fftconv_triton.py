@@ -20,6 +20,8 @@ from genossm.ops.rows import whole_length
 
 KEPT_BYTES = 1 << 30
 """The spectra of a call, or of its filters alone, are kept for the backward pass up to this size, else made again."""
+LONG = range(1 << 18, (1 << 23) + 1)
+"""Sizes, all powers of two, that `fftconv_long_triton` takes: half as many points, for it needs no padding."""
 _T = 1024
 _LOG2E = tl.constexpr(1.4426950408889634)
 # The first pair of a group of channels, of which there may be any number.
@@ -27,12 +29,13 @@ _jit = triton.jit(do_not_specialize=["first"])
 
 
 @triton.jit
-def _element(x, b, c, t, x_b, x_c, x_t, seen):
+def element(x, b, c, t, x_b, x_c, x_t, seen):
+    """Load x of a row, channels and times, in float32."""
     return tl.load(x + b * x_b + c.to(tl.int64) * x_c + t.to(tl.int64) * x_t, seen, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _window(decay, times, shift, c, t, L, width):
+def windowed(decay, times, shift, c, t, L, width):
     """Return the window of implicit filters."""
     rate = tl.abs(tl.load(decay + c, c < width, 0.0).to(tl.float32)) * _LOG2E
     return tl.exp2(-rate * tl.load(times + t, t < L, 0.0).to(tl.float32)) + shift
@@ -49,11 +52,11 @@ def _pack(
     t = tl.program_id(0) * T + tl.arange(0, T)
     c = 2 * (first + pair) + tl.arange(0, 2)[None, :]
     seen = (t < L)[:, None] & (c < width)
-    value = _element(x, b, c, t[:, None], x_b, x_c, x_t, seen)
+    value = element(x, b, c, t[:, None], x_b, x_c, x_t, seen)
     if HAS_GATE:
-        value *= _element(gate, b, c, t[:, None], g_b, g_c, g_t, seen)
+        value *= element(gate, b, c, t[:, None], g_b, g_c, g_t, seen)
     if HAS_WINDOW:
-        value *= _window(decay, times, shift, c, t[:, None], L, width)
+        value *= windowed(decay, times, shift, c, t[:, None], L, width)
     if HAS_BEHIND:
         lag = size - 1 - t
         tail = ((lag >= 0) & (lag < L - 1))[:, None] & (c < width)
@@ -159,9 +162,9 @@ def _finish(
     at = (b * tl.num_programs(1) + pair) * size * 2
     value = tl.load(packed + at + 2 * t[None, :] + tl.arange(0, 2)[:, None], seen, 0.0)
     if HAS_SKIP:
-        u = _element(x, b, c, t[None, :], x_b, x_c, x_t, seen)
+        u = element(x, b, c, t[None, :], x_b, x_c, x_t, seen)
         if HAS_IN:
-            u *= _element(gate_in, b, c, t[None, :], i_b, i_c, i_t, seen)
+            u *= element(gate_in, b, c, t[None, :], i_b, i_c, i_t, seen)
         value += tl.load(skip + c, c < width, 0.0).to(tl.float32) * u
     to = (b * width + c).to(tl.int64) * L + t[None, :]
     if KEEP:
@@ -170,7 +173,7 @@ def _finish(
         # Gated as it is kept, so that a checkpointed layer, which gates it again, finds the same.
         value = value.to(tl.float32)
     if HAS_OUT:
-        value *= _element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
+        value *= element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
     tl.store(y + to, value.to(y.dtype.element_ty), seen)
 
 
@@ -187,13 +190,13 @@ def _finish_backward(
     at = (b * tl.num_programs(1) + pair) * size * 2
     du = tl.load(packed + at + 2 * t[None, :] + tl.arange(0, 2)[:, None], seen, 0.0)
     to = b * d_b + c.to(tl.int64) * d_c + t[None, :]
-    dconv = _element(dy, b, c, t[None, :], y_b, y_c, y_t, seen)
+    dconv = element(dy, b, c, t[None, :], y_b, y_c, y_t, seen)
     if HAS_OUT:
         kept = tl.load(conv + (b * width + c).to(tl.int64) * L + t[None, :], seen, 0.0).to(tl.float32)
         tl.store(d_out + to, (dconv * kept).to(d_out.dtype.element_ty), seen)
-        dconv *= _element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
-    value = _element(x, b, c, t[None, :], x_b, x_c, x_t, seen)
-    gate = _element(gate_in, b, c, t[None, :], i_b, i_c, i_t, seen) if HAS_IN else 1.0
+        dconv *= element(gate_out, b, c, t[None, :], o_b, o_c, o_t, seen)
+    value = element(x, b, c, t[None, :], x_b, x_c, x_t, seen)
+    gate = element(gate_in, b, c, t[None, :], i_b, i_c, i_t, seen) if HAS_IN else 1.0
     if HAS_SKIP:
         du += tl.load(skip + c, c < width, 0.0).to(tl.float32) * dconv
         part = tl.sum(dconv * value * gate, 1)
@@ -217,7 +220,7 @@ def _unpack_filter(
     seen = (t < L)[None, :] & (c < width)
     value = tl.load(packed + at + 2 * t[None, :] + side, seen, 0.0)
     if HAS_WINDOW:
-        value *= _window(decay, times, shift, c, t[None, :], L, width)
+        value *= windowed(decay, times, shift, c, t[None, :], L, width)
     tl.store(dk + c.to(tl.int64) * k_c + t[None, :], value.to(dk.dtype.element_ty), seen)
     if HAS_BEHIND:
         seen = (t < L - 1)[None, :] & (c < width)
@@ -342,8 +345,13 @@ def convolve(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return the result, and for `convolve_backward` what stood before the gate and spectra of up to `keep` bytes."""
     batch, length, width = x.shape
-    step = _step(filters, size, batch)
     keeps, keeps_both = (spectra_bytes(size, width, several) <= keep for several in (0, batch))
+    if size in LONG:
+        from genossm.ops.kernels import fftconv_long_triton
+
+        given = (x, filters, skip, behind, gate_in, gate_out, size // 2)
+        return fftconv_long_triton.convolve(*given, train=train, keeps=keeps, keeps_both=keeps_both)
+    step = _step(filters, size, batch)
     y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
     conv = torch.empty_like(y) if train and gate_out is not None else None
     spectra: list[Tensor] = []
@@ -366,7 +374,7 @@ def convolve(
         launch(
             _finish, (triton.cdiv(length, _T), pairs, batch),
             (torch.view_as_real(product), x, gate_in, gate_out, skip, y, conv),
-            (length, size, first // 2, width, *_steps(x), *_steps(gate_in), *_steps(gate_out)),
+            (length, size, first // 2, width, *steps(x), *steps(gate_in), *steps(gate_out)),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
             KEEP=conv is not None, T=_T,
         )  # fmt: skip
@@ -394,6 +402,11 @@ def convolve_backward(
         Those of the skip and of the filters of what follows.
     """
     batch, length, width = x.shape
+    if size in LONG:
+        from genossm.ops.kernels import fftconv_long_triton
+
+        given = (dy, x, filters, skip, behind, gate_in, gate_out, conv, spectra, size // 2, dx, d_in, d_out)
+        return fftconv_long_triton.convolve_backward(*given)
     blocks, step = triton.cdiv(length, _T), _step(filters, size, batch)
     d_skip = None if skip is None else torch.empty(batch, blocks, width, device=x.device)
     d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
@@ -429,7 +442,7 @@ def convolve_backward(
         launch(
             _finish_backward, (blocks, pairs, batch),
             (torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip),
-            (length, size, first // 2, width, *_steps(dy), *_steps(x), *_steps(gate_in), *_steps(gate_out),
+            (length, size, first // 2, width, *steps(dy), *steps(x), *steps(gate_in), *steps(gate_out),
              *dx.stride()[:2]),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
         )  # fmt: skip
@@ -476,12 +489,12 @@ def _packed(
         _pack, (triton.cdiv(size, _T), pairs, batch),
         (x_BLD, gate_BLD, behind_DL, decay, times, torch.view_as_real(out)),
         (shift, length or x_BLD.shape[1], size, first // 2, width,
-         *_steps(x_BLD), *_steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride())),
+         *steps(x_BLD), *steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride())),
         HAS_GATE=gate_BLD is not None, HAS_BEHIND=behind_DL is not None, HAS_WINDOW=window is not None, T=_T,
     )  # fmt: skip
     return out
 
 
-def _steps(x_BLD: Tensor | None) -> tuple[int, int, int]:
+def steps(x_BLD: Tensor | None) -> tuple[int, int, int]:
     """Return the strides of batch, channel and time."""
     return (0, 0, 0) if x_BLD is None else (x_BLD.stride(0), x_BLD.stride(2), x_BLD.stride(1))
