@@ -6,6 +6,7 @@ No GPU is asked: models run on tensors without data, launches are noted, and Tri
 import contextlib
 import importlib
 import pkgutil
+import time
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def launches(monkeypatch):
     from triton.runtime.jit import create_function_from_signature
 
     compiler, binders, found = make_backend(GPUTarget("cuda", 90, 32)), {}, set()
-    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+    ahead = importlib.import_module("genossm.ops.kernels.ahead")
 
     def note(kernel, grid, tensors, numbers, **flags):
         if kernel not in binders:
@@ -117,7 +118,7 @@ def test_a_new_length_compiles_next_to_nothing(name, launches):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_first_call_of_an_op_foresees_its_kernels(name, launches, monkeypatch):
-    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+    ahead = importlib.import_module("genossm.ops.kernels.ahead")
     asked, seen = set(), set()
     note = importlib.import_module("genossm.ops.kernels.add_norm_triton").launch
 
@@ -148,8 +149,55 @@ def test_the_first_call_of_an_op_foresees_its_kernels(name, launches, monkeypatc
     assert not {kernel for kernel in launches - asked if kernel[0] not in alone}
 
 
+def test_a_first_call_has_all_kernels_compiled_once_and_waits_for_its_own(monkeypatch):
+    ahead = importlib.import_module("genossm.ops.kernels.ahead")
+    launch = importlib.import_module("genossm.ops.kernels.triton_launch").launch
+    asked = []
+
+    class Kernel:
+        cache_key = "the sources"
+
+        def __getitem__(self, grid):
+            return lambda *given, **flags: None
+
+        def warmup(self, like, number, grid, **flags):
+            time.sleep(0.05)
+            asked.append((self, like.dtype, number, flags))
+
+    forth, back = Kernel(), Kernel()
+
+    @ahead.together
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            # A launch on a GPU prepares; the CPU's does not.
+            if ahead.here.put_off is None:
+                ahead.prepare(forth, 0)
+                assert (forth, torch.float32, 3, {"T": 4}) in asked
+            launch(forth, (1,), (x,), (3,), T=4)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ahead.here.put_off is None:
+                ahead.prepare(back, 0)
+            launch(back, (1,), (grad,), (3,), T=4)
+            return grad * 2
+
+    monkeypatch.setattr(ahead, "_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda number: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    ahead._pool.cache_clear()
+    for _ in range(2):
+        Op.apply(torch.zeros(5, requires_grad=True)).sum().backward()
+    ahead._pool().shutdown()
+    ahead._pool.cache_clear()
+    assert {kernel for kernel, *_ in asked} == {forth, back}
+    assert len(asked) == 2
+
+
 def test_a_rehearsal_that_fails_says_so_and_changes_nothing(caplog):
-    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+    ahead = importlib.import_module("genossm.ops.kernels.ahead")
 
     @ahead.together
     class Failing(torch.autograd.Function):
@@ -167,7 +215,7 @@ def test_a_rehearsal_that_fails_says_so_and_changes_nothing(caplog):
 
 
 def test_a_rehearsal_cuts_long_arguments_and_keeps_how_they_lie():
-    ahead = importlib.import_module("genossm.ops.kernels.triton_ahead")
+    ahead = importlib.import_module("genossm.ops.kernels.ahead")
     wide, long = torch.zeros(2, 9000, 7)[..., :5], torch.zeros(2, 5, 9000).transpose(1, 2)
     assert ahead._short(wide).stride() == wide.stride()
     assert ahead._short(long).stride() == (5 * 4096, 1, 4096)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genossm.ops.kernels.triton_ahead import together
+from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.triton_launch import launch
 
 _PROGRAMS = 2112

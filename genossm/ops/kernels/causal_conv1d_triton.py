@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import causal_conv1d_torch, causal_conv1d_walks
-from genossm.ops.kernels.triton_ahead import together
+from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.kernels.triton_parts import (
     empty_like,

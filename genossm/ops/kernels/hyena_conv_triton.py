@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
-from genossm.ops.kernels.triton_ahead import together
+from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.triton_parts import cut, of_length, whole
 from genossm.ops.time_last import row_sum
 

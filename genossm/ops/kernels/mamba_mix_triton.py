@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton
+from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.selective_scan_triton import Scan
-from genossm.ops.kernels.triton_ahead import together
 
 _PARAMETERS = 7
 _PIECE = 1 << 26

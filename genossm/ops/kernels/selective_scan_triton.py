@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from genossm.ops.backend import triton_interpreted
 from genossm.ops.kernels import selective_scan_parts, selective_scan_torch, selective_scan_walks
-from genossm.ops.kernels.triton_ahead import together
+from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states
 

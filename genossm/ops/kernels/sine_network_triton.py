@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genossm.ops.kernels.triton_ahead import together
+from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.kernels.triton_parts import cut, of_length
 from genossm.ops.rows import whole_length

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genossm.ops.kernels import ssd_torch
-from genossm.ops.kernels.triton_ahead import together
+from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.triton_launch import launch
 from genossm.ops.rows import dropped_states, real_positions
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from genossm.ops.kernels import triton_ahead
+from genossm.ops.kernels import ahead
 
 _MOST = 4096
 """Calls of one kernel that are known at once: numbers are lengths and strides, which may be others every time."""
@@ -48,8 +48,8 @@ def launch(
         flags: constants and options of the compiler, hashable.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and triton_ahead.here.put_off is not None:
-        triton_ahead.put_off(kernel, tensors, numbers, flags)
+    if not compiling and ahead.here.put_off is not None:
+        ahead.put_off(kernel, tensors, numbers, flags)
         return
     device = tensors[0].get_device() if tensors[0] is not None else -1
     if device < 0 or compiling or _watched():
@@ -63,7 +63,7 @@ def launch(
     _, calls = _known.setdefault(id(kernel), (kernel, {}))
     known = calls.get((device, key))
     if known is None:
-        triton_ahead.prepare(kernel, device)
+        ahead.prepare(kernel, device)
         _first(kernel, grid, tensors, numbers, flags, calls, (device, key))
         return
     stream = triton.runtime.driver.active.get_current_stream(device)

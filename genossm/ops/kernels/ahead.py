@@ -11,7 +11,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -132,13 +132,14 @@ def rehearse(function: Any, needs_grad: tuple[bool, ...], given: tuple[Any, ...]
 
 def _rehearsed(function: Any, needs_grad: tuple[bool, ...], given: tuple[Any, ...]) -> list[Call]:
     """Return what an op will launch; nothing where a rehearsal fails, for what that means the op itself will say."""
-    here.running, here.put_off = None, []
+    calls: list[Call] = []
+    here.running, here.put_off = None, calls
     try:
         rehearse(function, needs_grad, given)
     except Exception as problem:
         logger.warning("The kernels of %s are compiled one after the other: %s", function.__name__, problem)
     finally:
-        calls, here.put_off = here.put_off, None
+        here.put_off = None
     return calls
 
 
@@ -171,8 +172,8 @@ def _kind(x: Any) -> Any:
     """Return what tells an argument from one that needs other kernels; lengths are none of it."""
     if isinstance(x, Tensor):
         return x.dtype, x.ndim
-    if isinstance(x, list | tuple):
-        return tuple(map(_kind, x))
+    if isinstance(x, list):
+        return tuple(map(_kind, cast(list[Any], x)))
     return x if x is None or isinstance(x, bool | str | torch.dtype) else type(x)
 
 
