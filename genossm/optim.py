@@ -147,18 +147,58 @@ class Muon(AdamW):
                 # AdamW looks for a count of steps in every state that it restores.
                 self.state[parameter] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(parameter)}
             self.state[parameter]["step"] += 1
-        grads = [cast(Tensor, parameter.grad) for parameter in matrices]
-        momenta = [self.state[parameter]["momentum"] for parameter in matrices]
+        grads = held(cast(Tensor, matrix.grad) for matrix in matrices)
+        momenta = held(self.state[matrix]["momentum"] for matrix in matrices)
         torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        # Matrices of one shape, up to which side is longer, go through the products together.
+        torch._foreach_mul_(held(matrices), 1 - group["lr"] * group["weight_decay"])
         for same in _by_shape(matrices):
-            steps_MRC = orthogonalised(torch.stack([_wide(ahead[index]) for index in same]))
-            for index, step_RC in zip(same, steps_MRC, strict=True):
-                rows, columns = matrices[index].shape
-                step_RC = step_RC.T if rows > columns else step_RC
-                matrices[index].add_(step_RC, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            alike = [matrices[index] for index in same]
+            rows, columns = alike[0].shape
+            steps_MRC = _joined(torch.stack([ahead[index] for index in same]), alike[0])
+            wide_MRC = steps_MRC.mT.contiguous() if rows > columns else steps_MRC
+            steps_MRC = orthogonalised(wide_MRC).mT if rows > columns else orthogonalised(wide_MRC)
+            scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
+            torch._foreach_add_(held(alike), list(_divided(steps_MRC, alike[0])), alpha=scale)
+
+
+def _by_shape(matrices: list[Tensor]) -> list[list[int]]:
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        found.setdefault(tuple(matrix.shape), []).append(index)
+    return list(found.values())
+
+
+def _joined(pieces_MRC: Tensor, like: Any) -> Tensor:
+    """Return whole matrices of the pieces that the processes hold, divided as one of them is; in one message."""
+    if not hasattr(like, "to_local"):
+        return pieces_MRC
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((len(pieces_MRC), *like.shape))
+    stride = (like.shape.numel(), like.shape[1], 1)
+    return DTensor.from_local(
+        pieces_MRC, like.device_mesh, _stacked(like), run_check=False, shape=shape, stride=stride
+    ).full_tensor()
+
+
+def _divided(whole_MRC: Tensor, like: Any) -> Tensor:
+    """Return what this process holds of whole matrices, divided as one of them is."""
+    if not hasattr(like, "to_local"):
+        return whole_MRC
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(
+        whole_MRC, like.device_mesh, [Replicate() for _ in like.placements], run_check=False
+    )
+    return everywhere.redistribute(placements=_stacked(like)).to_local()
+
+
+def _stacked(like: Any) -> list[Any]:
+    """Return how a stack of matrices is divided that are divided as one is."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(kind.dim + 1) if kind.is_shard() else kind for kind in like.placements]
 
 
 def held(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -196,17 +236,6 @@ def _added_up(part: Tensor, shared: Any) -> Tensor:
 
     kinds = [Partial() if placement.is_shard() else Replicate() for placement in shared.placements]
     return DTensor.from_local(part, shared.device_mesh, kinds, run_check=False).full_tensor()
-
-
-def _by_shape(matrices: list[Tensor]) -> list[list[int]]:
-    found: dict[tuple[int, ...], list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        found.setdefault(tuple(sorted(matrix.shape)), []).append(index)
-    return list(found.values())
-
-
-def _wide(matrix_RC: Tensor) -> Tensor:
-    return matrix_RC.T if matrix_RC.shape[0] > matrix_RC.shape[1] else matrix_RC
 
 
 def orthogonalised(matrices_MRC: Tensor, rounds: int = 5) -> Tensor:

@@ -171,10 +171,10 @@ def verbs(config: HyenaDNAConfig, device: torch.device, wanted: Sequence[str]) -
             fasta.write_bytes(gzip.decompress(packed))
             contig, bases = read(fasta)
             width = min(given_window(config), len(bases) // 2)
-            starts = [i * (len(bases) - width) // 63 for i in range(64)]
+            starts = [i * (len(bases) - width) // 31 for i in range(32)]
             bed.write_text("".join(f"{contig}\t{s}\t{s + width}\n" for s in starts))
             # A few more to warm up with.
-            write_variants(vcf, contig, bases, 2048 if device.type == "cuda" else 64)
+            write_variants(vcf, contig, bases, 1024 if device.type == "cuda" else 64)
             write_variants(folder / "warm.vcf", contig, bases, 64)
         distributed.barrier()
         model = build(config, device).backbone
