@@ -142,6 +142,15 @@ class Supervised(Task):
         loss.reset()
         self.log_dict({f"{split}/{name}": value for name, value in values.items()})
 
+    def configure_model(self) -> None:
+        """Refuse to share the weights out: heads and the best epoch are read whole.
+
+        Raises:
+            ValueError: that was asked for.
+        """
+        if self.device_mesh is not None:
+            raise ValueError("Fine-tuning needs whole weights in every process; take trainer=ddp instead of fsdp.")
+
     def configure_optimizers(self) -> Any:
         """Return AdamW with a rate for each depth and its schedule, stepped once a step."""
         optimizer = self.optim.build(self)

@@ -129,3 +129,10 @@ def test_class_weights():
         Regression(make("binary").model, Optim(), 1, TARGETS["binary"])
     with pytest.raises(ValueError, match="conjoin must be one of"):
         make("binary", conjoin="both")
+
+
+def test_weights_that_are_shared_out_are_refused():
+    task = make("binary")
+    task._device_mesh = object()
+    with pytest.raises(ValueError, match="take trainer=ddp"):
+        task.configure_model()
