@@ -28,8 +28,8 @@ class ToTime(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x_BLD, weight_CD = ctx.saved_tensors
         dy_BCL = grads[0]
-        dx_BLD = dy_BCL.transpose(1, 2) @ weight_CD.to(dy_BCL.dtype)
-        dw_CD = row_sum(dy_BCL @ x_BLD.to(dy_BCL.dtype))
+        dx_BLD = product(dy_BCL.transpose(1, 2), weight_CD.to(dy_BCL.dtype))
+        dw_CD = product_sum(dy_BCL, x_BLD.to(dy_BCL.dtype))
         d_bias_C = dy_BCL.sum((0, 2)).to(weight_CD.dtype) if ctx.has_bias else None
         return dx_BLD.to(x_BLD.dtype), dw_CD.to(weight_CD.dtype), d_bias_C
 
@@ -59,11 +59,24 @@ class FromTime(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BDL, weight_CD = ctx.saved_tensors
         dy_BLC = grads[0]
-        dx_BDL = weight_CD.T.to(dy_BLC.dtype) @ dy_BLC.transpose(1, 2)
-        dw_CD = row_sum(dy_BLC.transpose(1, 2) @ x_BDL.to(dy_BLC.dtype).transpose(1, 2))
+        dy_BCL = dy_BLC.transpose(1, 2)
+        dx_BDL = product(weight_CD.T.to(dy_BLC.dtype), dy_BCL)
+        dw_CD = product_sum(dy_BCL, x_BDL.to(dy_BLC.dtype).transpose(1, 2))
         return dx_BDL.to(x_BDL.dtype), dw_CD.to(ctx.dtype), column_sum(dy_BLC.flatten(0, 1), ctx.dtype)
 
 
-def row_sum(x_BCD: Tensor) -> Tensor:
-    """Return the sum over B; of a single row that row itself, for which nothing is launched."""
-    return x_BCD[0] if len(x_BCD) == 1 else x_BCD.sum(0)
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right of rows of matrices (B, M, K) and (B, K, N), one of which may be a matrix for all rows.
+
+    A single row goes through fewer of torch's own steps as a matrix, which a short row takes longer for than to compute.
+    """
+    if len(left if left.ndim == 3 else right) == 1:
+        return torch.mm(*(x[0] if x.ndim == 3 else x for x in (left, right)))[None]
+    # One matrix on the left of many would be copied.
+    return left.expand(len(right), -1, -1) @ right if left.ndim == 2 else left @ right
+
+
+def product_sum(left_BMK: Tensor, right_BKN: Tensor) -> Tensor:
+    """Return the sum over rows of left @ right."""
+    made_BMN = product(left_BMK, right_BKN)
+    return made_BMN[0] if len(made_BMN) == 1 else made_BMN.sum(0)

@@ -95,7 +95,8 @@ def together(function: Any) -> Any:
 def put_off(kernel: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...], flags: dict[str, Any]) -> None:
     """Note a launch of a rehearsal."""
     assert here.put_off is not None
-    likes = tuple(None if t is None else _Like(t.dtype, t.data_ptr() % 16) for t in tensors)
+    # Kernels see complex numbers as pairs of real ones.
+    likes = tuple(None if t is None else _Like(t.dtype.to_real(), t.data_ptr() % 16) for t in tensors)
     here.put_off.append(Call(kernel, likes, numbers, flags))
 
 

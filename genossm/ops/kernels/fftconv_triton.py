@@ -366,14 +366,14 @@ def convolve(
         product = torch.empty_like(z) if keeps_both else z
         launch(
             _multiply, (triton.cdiv(size // 2 + 1, _T), pairs, batch),
-            (torch.view_as_real(z), torch.view_as_real(w), torch.view_as_real(product)), (size, 1 / size), T=_T,
+            (z, w, product), (size, 1 / size), T=_T,
         )  # fmt: skip
         # The 1 / n of the inverse transform is in the product.
         del z, w
         product = torch.fft.ifft(product, norm="forward")
         launch(
             _finish, (triton.cdiv(length, _T), pairs, batch),
-            (torch.view_as_real(product), x, gate_in, gate_out, skip, y, conv),
+            (product, x, gate_in, gate_out, skip, y, conv),
             (length, size, first // 2, width, *steps(x), *steps(gate_in), *steps(gate_out)),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
             KEEP=conv is not None, T=_T,
@@ -421,7 +421,7 @@ def convolve_backward(
         dw = torch.empty_like(w)
         launch(
             _correlate, (triton.cdiv(size // 2 + 1, _T // 2), pairs),
-            tuple(torch.view_as_real(s) for s in (d, z, w, dw)), (size, batch, 1 / size),
+            (d, z, w, dw), (size, batch, 1 / size),
             ALONE=batch == 1, T=_T // 2,
         )  # fmt: skip
         del z, w
@@ -431,7 +431,7 @@ def convolve_backward(
         window = _rows(filters.window, first)
         decay, times, shift = window or (None, None, 0.0)
         launch(
-            _unpack_filter, (blocks, pairs, 1), (torch.view_as_real(dw), dk, d_next, decay, times),
+            _unpack_filter, (blocks, pairs, 1), (dw, dk, d_next, decay, times),
             (shift, length, size, count, dk.stride(0), 0 if d_next is None else d_next.stride(0)),
             HAS_BEHIND=behind is not None, HAS_WINDOW=window is not None,
             T=_T,
@@ -441,7 +441,7 @@ def convolve_backward(
         d = torch.fft.ifft(d, norm="forward")
         launch(
             _finish_backward, (blocks, pairs, batch),
-            (torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip),
+            (d, dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip),
             (length, size, first // 2, width, *steps(dy), *steps(x), *steps(gate_in), *steps(gate_out),
              *dx.stride()[:2]),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, T=_T,
@@ -487,7 +487,7 @@ def _packed(
     decay, times, shift = window or (None, None, 0.0)
     launch(
         _pack, (triton.cdiv(size, _T), pairs, batch),
-        (x_BLD, gate_BLD, behind_DL, decay, times, torch.view_as_real(out)),
+        (x_BLD, gate_BLD, behind_DL, decay, times, out),
         (shift, length or x_BLD.shape[1], size, first // 2, width,
          *steps(x_BLD), *steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride())),
         HAS_GATE=gate_BLD is not None, HAS_BEHIND=behind_DL is not None, HAS_WINDOW=window is not None, T=_T,

@@ -14,7 +14,7 @@ from genossm.ops import kept
 from genossm.ops.kernels import causal_conv1d_triton, fftconv_triton
 from genossm.ops.kernels.ahead import together
 from genossm.ops.kernels.triton_parts import cut, of_length, whole
-from genossm.ops.time_last import row_sum
+from genossm.ops.time_last import product, product_sum
 
 _KEPT_BYTES = 1 << 30
 """A checkpointed layer keeps its long convolution up to this size, and makes it again above: there memory counts."""
@@ -124,14 +124,14 @@ class ImplicitHyenaConv(torch.autograd.Function):
             du, dw, d_bias = causal_conv1d_triton.convolve_backward(d_BLC, u, w, bias)
             return (cut(du, length), None, None, dw, d_bias, *of_filters)
         du, dw, d_bias, d_shift = causal_conv1d_triton.convolve_shifted_backward(d_BLC, u, w, bias, shift)
-        dx = cut(du @ weight, length).to(x_dtype)
-        d_weight = row_sum(du.transpose(1, 2) @ x).to(weight_dtype)
+        dx = cut(product(du, weight), length).to(x_dtype)
+        d_weight = product_sum(du.transpose(1, 2), x).to(weight_dtype)
         return (dx, d_weight, d_shift, dw, d_bias, *of_filters)
 
 
 def _projected(x: Tensor, weight: Tensor) -> Tensor:
     """Return the projections before their bias, (B, L, C) with time contiguous."""
-    return (weight.expand(x.shape[0], -1, -1) @ x.transpose(1, 2)).transpose(1, 2)
+    return product(weight, x.transpose(1, 2)).transpose(1, 2)
 
 
 def _mix(

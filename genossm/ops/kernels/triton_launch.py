@@ -43,7 +43,7 @@ def launch(
     Args:
         kernel: a function of `triton.jit`, which takes tensors, then numbers, then constants.
         grid: programs along up to three axes.
-        tensors: the first is not None.
+        tensors: the first is not None; kernels see complex numbers as pairs of real ones.
         numbers: Python's own.
         flags: constants and options of the compiler, hashable.
     """
@@ -53,7 +53,7 @@ def launch(
         return
     device = tensors[0].get_device() if tensors[0] is not None else -1
     if device < 0 or compiling or _watched():
-        kernel[grid](*tensors, *numbers, **flags)
+        kernel[grid](*_real(tensors), *numbers, **flags)
         return
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -91,6 +91,10 @@ def call_key(
     return pointers, (odd, numbers, *kinds, *flags, *flags.values())
 
 
+def _real(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [x if x is None or not x.is_complex() else torch.view_as_real(x) for x in tensors]
+
+
 def _watched() -> bool:
     """Tell whether launches must go through Triton: somebody's hooks want to see them, or it is too old to have any."""
     if _runtime is None:
@@ -111,7 +115,7 @@ def _first(
     key: tuple[Any, ...],
 ) -> None:
     """Launch through Triton, which compiles what it must, and remember the result where it is of a kind we know."""
-    compiled = kernel[grid](*tensors, *numbers, **flags)
+    compiled = kernel[grid](*_real(tensors), *numbers, **flags)
     run = getattr(compiled, "run", None)
     if run is None or list(inspect.signature(type(run).__call__).parameters)[: len(_PARAMETERS)] != _PARAMETERS:
         return
