@@ -68,7 +68,7 @@ class FromTime(torch.autograd.Function):
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return left @ right of rows of matrices (B, M, K) and (B, K, N), one of which may be a matrix for all rows.
 
-    A single row goes through fewer of torch's own steps as a matrix, which a short row takes longer for than to compute.
+    As a matrix a single row goes through fewer steps of torch, each of which takes longer than computing a short row.
     """
     if len(left if left.ndim == 3 else right) == 1:
         return torch.mm(*(x[0] if x.ndim == 3 else x for x in (left, right)))[None]
