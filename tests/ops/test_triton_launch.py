@@ -55,7 +55,9 @@ def launches(monkeypatch):
     def note(kernel, grid, tensors, numbers, **flags):
         if kernel not in binders:
             binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, compiler)
-        likes = [t if t is None else ahead._Like(t.dtype.to_real(), t.storage_offset() * t.itemsize % 16) for t in tensors]
+        likes = [
+            t if t is None else ahead._Like(t.dtype.to_real(), t.storage_offset() * t.itemsize % 16) for t in tensors
+        ]
         _, needs, _ = binders[kernel](*likes, *numbers, **flags)
         found.add((kernel.fn.__module__.rsplit(".")[-1], kernel.fn.__name__, str(needs), str(flags)))
 
