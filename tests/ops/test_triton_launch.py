@@ -118,6 +118,16 @@ def test_a_new_length_compiles_next_to_nothing(name, launches):
     assert len(launches - before) <= 2
 
 
+def test_long_sequences_of_one_transform_share_their_kernels(launches):
+    with FakeTensorMode():
+        model = build("hyenadna")
+        run(model, 1, 131_072)
+        before = set(launches)
+        run(model, 1, 99_999)
+        run(model, 1, 65_537)
+    assert launches == before
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_first_call_of_an_op_foresees_its_kernels(name, launches, monkeypatch):
     ahead = importlib.import_module("genossm.ops.kernels.ahead")

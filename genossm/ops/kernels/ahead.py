@@ -170,12 +170,12 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _kind(x: Any) -> Any:
-    """Return what tells an argument from one that needs other kernels; lengths are none of it."""
+    """Return what tells an argument from one that needs other kernels: of tensors nothing of their lengths."""
     if isinstance(x, Tensor):
         return x.dtype, x.ndim
     if isinstance(x, list):
         return tuple(map(_kind, cast(list[Any], x)))
-    return x if x is None or isinstance(x, bool | str | torch.dtype) else type(x)
+    return x
 
 
 def _short(x: Any) -> Any:
