@@ -1,6 +1,8 @@
 """The selective scan on a GPU: the launches of `selective_scan_walks`, where its way is told, and its gradient."""
 
-from typing import Any
+from functools import cache, lru_cache
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +17,34 @@ from genossm.ops.rows import dropped_states
 _PIECE_BYTES = 1 << 29
 """Memory of what the last kernel writes for the next: longer sequences go through it in pieces."""
 
+
+class _Plan(NamedTuple):
+    """How a kernel is run on 16 bit inputs with 16 states."""
+
+    channels: int
+    """Of a program."""
+    at_once: int
+    """Positions that are loaded together."""
+    registers: int
+    takes: float
+    """Microseconds that a position takes an H100 full of its programs (in both passes where there are two)."""
+
+    def took(self, tiles: int, width: int, length: int, processors: int) -> float:
+        """Return the microseconds that so many tiles take."""
+        # A processor has four parts, each with 16,384 registers for its warps of 32 threads.
+        rounds = tiles * -(-width // self.channels) / (processors * 4 * (512 // self.registers))
+        # The last round takes between its share of a full one and all of it: fewer programs run a little faster.
+        return self.takes * length * (rounds + ceil(rounds)) / 2
+
+
 _PLANS = {
-    "edges": (64, 4, 128),
-    "forward": (64, 2, 152),
-    "backward_adjoint": (64, 2, None),
-    "backward_state": (32, 2, 168),
+    "edges": _Plan(32, 8, 96, 0.88),
+    "forward": _Plan(32, 4, 80, 0.84),
+    "backward_adjoint": _Plan(64, 2, 255, 0.94),
+    "backward_state": _Plan(32, 2, 168, 0.80),
 }
-"""Of each kernel on 16 bit inputs with 16 states: channels of a program, positions loaded at once, registers."""
+_TILE_TAKES = 0.3
+"""Microseconds that a tile takes beside: the scans over tiles, and the sums over tiles of parts."""
 
 
 def selective_scan(
@@ -60,20 +83,30 @@ def selective_scan(
     return (y_BLE, state_BEN) if return_state else y_BLE
 
 
-def tile_length(batch: int, length: int, width: int, halves: bool) -> int:
+@lru_cache(1024)
+def tile_length(batch: int, length: int, width: int, halves: bool, processors: int) -> int:
     """Return a program's positions. Short sequences need short tiles, else too few of them fill a GPU.
 
     Where rows alone fill it, short ones are whole. The rounding of the gradients of A and dt grows with tiles, which
-    only 16 bit inputs (`halves`) hide.
+    only 16 bit inputs (`halves`) hide. Of these the length is best of which the programs of every kernel fill the
+    GPU's `processors` in whole rounds.
     """
     if triton_interpreted():
         return 8
     if halves and length <= 1024 and batch * -(-width // 64) >= 1024:
-        return -(-length // 4) * 4
+        return -(-length // 8) * 8
     size = batch * width * length
-    if halves and size >= 1 << 26:
-        return 256
-    return 128 if size >= 1 << 25 else 64 if size >= 1 << 23 else 32 if size >= 1 << 20 else 16
+    usual = 128 if size >= 1 << 25 else 64 if size >= 1 << 23 else 32 if size >= 1 << 20 else 16
+    if not halves:
+        return usual
+    if size >= 1 << 26:
+        usual = 256
+
+    def took(T: int) -> float:
+        tiles = batch * -(-length // T)
+        return tiles * _TILE_TAKES + sum(plan.took(tiles, width, T, processors) for plan in _PLANS.values())
+
+    return min(range(usual * 2, usual // 2 + 7 & -8, -8), key=took)
 
 
 class Scan:
@@ -109,7 +142,7 @@ class Scan:
         self.N = max(8 if triton_interpreted() else 16, 1 << (self.states - 1).bit_length())
         self.D, self.bias = (None if x is None else x.float().contiguous() for x in (D, bias))
         self.rest = (self.bias, drop, lengths)
-        self.T = tile_length(self.batch, self.length, self.width, u.element_size() == 2)
+        self.T = tile_length(self.batch, self.length, self.width, u.element_size() == 2, _processors(u.device))
         self.tiles = -(-self.length // self.T)
         # Every thread loads all of B and C. In 16 bits that takes half as long; the gradients' walks would lose more by
         # unpacking them.
@@ -124,12 +157,11 @@ class Scan:
 
     def plan(self, kernel: str) -> tuple[int, dict[str, Any]]:
         """Return the groups of channels that a kernel takes, and its flags."""
-        BD, U, registers = _PLANS[kernel] if self.u.element_size() == 2 and self.N == 16 else (32, 2, None)
-        if triton_interpreted() or self.width <= 32:
-            BD = 32
-        flags = {**self.flags, "BD": BD, "U": U}
-        if registers is not None:
-            flags["maxnreg"] = registers
+        plan = _PLANS[kernel] if self.u.element_size() == 2 and self.N == 16 else _Plan(32, 2, 255, 0)
+        BD = 32 if triton_interpreted() or self.width <= 32 else plan.channels
+        flags = {**self.flags, "BD": BD, "U": plan.at_once}
+        if plan.registers < 255:
+            flags["maxnreg"] = plan.registers
         return -(-self.width // BD), flags
 
     def sizes(self, groups: int) -> tuple[int, ...]:
@@ -267,6 +299,12 @@ class _SelectiveScan(torch.autograd.Function):
         found = (du, ddt, dA, *d_BC, dD, dz, dbias, scan.from_states(d_first))
         typed = (None if t is None or x is None else x.to(t) for x, t in zip(found, ctx.dtypes, strict=True))
         return (*typed, None, None, None, None)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:

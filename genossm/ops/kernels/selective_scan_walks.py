@@ -116,9 +116,9 @@ def _keep(drop, at, t, L, HAS_DROP: tl.constexpr):
 
 @triton.jit
 def _chosen(odd, PRECISION: tl.constexpr):
-    """Return [32, 16], one where a row's state (of 8) is a column's: 8 at an even position, then 8 at an odd one."""
+    """Return [16, 32], one where a column's state (of 8) is a row's: 8 at an even position, then 8 at an odd one."""
     k = tl.arange(0, 32)
-    chosen = tl.where((k // 8 * 2 + k % 2 + 8 * odd)[:, None] == tl.arange(0, 16)[None, :], 1.0, 0.0)
+    chosen = tl.where((k // 8 * 2 + k % 2 + 8 * odd)[None, :] == tl.arange(0, 16)[:, None], 1.0, 0.0)
     return chosen.to(tl.bfloat16) if PRECISION == "bf16" else chosen
 
 
@@ -127,21 +127,21 @@ def _chosen(odd, PRECISION: tl.constexpr):
 @triton.jit
 def _add_sums(sums, x, chosen, N: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
     """Add x [N, BD], summed over 4 neighbouring channels each, to the columns of sums that are chosen."""
-    x = tl.permute(tl.reshape(x, [N // 8, 4, 2, BD // 4, 4]), [0, 3, 1, 4, 2])
-    x = tl.reshape(x, [N * BD // 32, 32])
+    x = tl.permute(tl.reshape(x, [N // 8, 4, 2, BD // 4, 4]), [1, 4, 2, 0, 3])
+    x = tl.reshape(x, [32, N * BD // 32])
     if PRECISION == "bf16":
-        sums = tl.dot(x.to(tl.bfloat16), chosen, sums)
+        sums = tl.dot(chosen, x.to(tl.bfloat16), sums)
     else:
-        sums = tl.dot(x, chosen, sums, input_precision=PRECISION)
+        sums = tl.dot(chosen, x, sums, input_precision=PRECISION)
     return sums
 
 
 @triton.jit
 def _store_sums(sums, to, way, N: tl.constexpr, BD: tl.constexpr):
     """Store what was added, summed over channels: for a position, which `to` belongs to, and the next of the walk."""
-    sums = tl.sum(tl.reshape(sums, [N // 8, BD // 4, 16]), 1)
-    column = tl.arange(0, 16)[None, :]
-    at = column // 8 * (way * N) + column % 8 + tl.arange(0, N // 8)[:, None] * 8
+    sums = tl.sum(tl.reshape(sums, [16, N // 8, BD // 4]), 2)
+    row = tl.arange(0, 16)[:, None]
+    at = row // 8 * (way * N) + row % 8 + tl.arange(0, N // 8)[None, :] * 8
     tl.store(to + at, sums.to(to.dtype.element_ty))
 
 
@@ -304,7 +304,7 @@ def backward_adjoint(
     partial_at = partial + (row * piece + inner) * E + wide
     parts_at = dB_parts + ((row * groups + tl.program_id(0) % groups) * piece + inner) * N
     even, odd = _chosen(0, PRECISION), _chosen(1, PRECISION)
-    nothing = tl.zeros([N * BD // 32, 16], tl.float32)
+    nothing = tl.zeros([16, N * BD // 32], tl.float32)
     edge = (row * tiles + tile) * N * E
     rates = _by_state(A, channel, inside, E, N, BD)
     passed = _by_state(adjoint + edge, channel, inside, E, N, BD)
@@ -396,7 +396,7 @@ def backward_state(
     partial_at = partial + (row * piece + inner) * E + wide
     parts_at = dC_parts + ((row * groups + tl.program_id(0) % groups) * piece + inner) * N
     even, odd = _chosen(0, PRECISION), _chosen(1, PRECISION)
-    nothing = tl.zeros([N * BD // 32, 16], tl.float32)
+    nothing = tl.zeros([16, N * BD // 32], tl.float32)
     edge = (row * tiles + tile) * N * E
     rates = _by_state(A, channel, inside, E, N, BD)
     states = _by_state(entering + edge, channel, inside, E, N, BD)
