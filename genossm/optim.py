@@ -101,6 +101,12 @@ class AdamW(torch.optim.AdamW):
         # Gradients are clipped before the step, so that a scaler of float16 must have taken its scale off by then.
         self._step_supports_amp_scaling = False
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, of a run on whatever device: how this one steps stays."""
+        fused = self.defaults["fused"]
+        groups = [{**group, "fused": fused} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         found = super()._init_group(group, *lists)
         for tensors in lists:

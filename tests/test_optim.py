@@ -62,6 +62,15 @@ def test_every_parameter_moves_and_the_state_can_be_restored(optimizer):
         assert torch.equal(one, two)
 
 
+def test_what_a_gpu_saved_steps_on_a_cpu_as_a_cpu_does():
+    first, second = (Optim().build(nn.Linear(2, 2)) for _ in range(2))
+    saved = first.state_dict()
+    for group in saved["param_groups"]:
+        group["fused"] = True
+    second.load_state_dict(saved)
+    assert not any(group["fused"] for group in second.param_groups)
+
+
 def test_muon_falls_faster_than_it_decays():
     layer = nn.Linear(8, 8, bias=False)
     target = torch.randn(8, 8)
