@@ -45,6 +45,11 @@ def triton_version() -> str:
     return importlib.import_module("triton").__version__
 
 
+@functools.cache
+def _older(version: str, least: tuple[int, int]) -> bool:
+    return tuple(map(int, version.split(".")[:2])) < least
+
+
 def triton_interpreted() -> bool:
     """Tell whether Triton runs through its interpreter (`TRITON_INTERPRET=1`), so that it takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -65,7 +70,7 @@ def runs(name: str, device: torch.device) -> str | None:
             return None
         if device.type == "cuda":
             # Kernels collect what they load in tuples, which older compilers don't know.
-            old = tuple(map(int, triton_version().split(".")[:2])) < (3, 3)
+            old = _older(triton_version(), (3, 3))
             return f"it takes triton 3.3 or newer (with torch 2.7); this is {triton_version()}" if old else None
         return f"triton runs on CUDA; the tensors are on {device.type}"
     if name == "mamba_ssm":

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.ops.kernels.ahead import together
-from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_launch import launch, pieces, power_of_2
 
 _PROGRAMS = 2112
 """Programs of the backward kernel, 16 for each multiprocessor of a large GPU; each adds up its rows' parts."""
@@ -89,7 +89,7 @@ class AddNorm(torch.autograd.Function):
         block, several = _shape(width)
         rows = x.numel() // width
         launch(
-            _forward, (triton.cdiv(rows, several),),
+            _forward, (pieces(rows, several),),
             (x, None if y is None else y.contiguous(), weight, bias, total, out), (rows, width, eps), RMS=rms,
             HAS_Y=y is not None, HAS_BIAS=bias is not None, BD=block, R=several, num_warps=1,
         )  # fmt: skip
@@ -110,7 +110,7 @@ class AddNorm(torch.autograd.Function):
         dx = torch.empty_like(total)
         dy = None if y_dtype is None else torch.empty_like(total, dtype=y_dtype)
         block, several = _shape(width)
-        programs = min(_PROGRAMS, triton.cdiv(rows, several))
+        programs = min(_PROGRAMS, pieces(rows, several))
         parts = torch.empty(programs, 2, width, device=total.device)
         d_total = None if d_total is None else d_total.contiguous()
         launch(
@@ -123,5 +123,5 @@ class AddNorm(torch.autograd.Function):
 
 def _shape(width: int) -> tuple[int, int]:
     """Return the padded width and the rows that a program holds at once."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return block, max(1, 1024 // block)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_launch import launch, pieces, power_of_2
 
 _ELEMENTS = 2048
 _PROGRAMS = 2112
@@ -28,9 +28,9 @@ def _add(x, parts, rows, D, groups, x_m, BD: tl.constexpr, R: tl.constexpr):
 def column_sum(x_MD: Tensor) -> Tensor:
     """Return the sums over M in float32; channels are contiguous in memory."""
     rows, width = x_MD.shape
-    block = min(256, triton.next_power_of_2(width))
-    groups, several = triton.cdiv(width, block), _ELEMENTS // block
-    programs = max(1, min(_PROGRAMS // groups, triton.cdiv(rows, several)))
+    block = min(256, power_of_2(width))
+    groups, several = pieces(width, block), _ELEMENTS // block
+    programs = max(1, min(_PROGRAMS // groups, pieces(rows, several)))
     parts_PD = torch.empty(programs, width, device=x_MD.device)
     numbers = (rows, width, groups, x_MD.stride(0))
     launch(_add, (programs * groups,), (x_MD, parts_PD), numbers, BD=block, R=several, num_warps=4)

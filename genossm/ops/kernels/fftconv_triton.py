@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.ops.kernels.ahead import together
-from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_launch import launch, pieces
 from genossm.ops.kernels.triton_parts import cut, of_length, whole
 from genossm.ops.rows import whole_length
 
@@ -365,14 +365,14 @@ def convolve(
             spectra.append(z)
         product = torch.empty_like(z) if keeps_both else z
         launch(
-            _multiply, (triton.cdiv(size // 2 + 1, _T), pairs, batch),
+            _multiply, (pieces(size // 2 + 1, _T), pairs, batch),
             (z, w, product), (size, 1 / size), T=_T,
         )  # fmt: skip
         # The 1 / n of the inverse transform is in the product.
         del z, w
         product = torch.fft.ifft(product, norm="forward")
         launch(
-            _finish, (triton.cdiv(length, _T), pairs, batch),
+            _finish, (pieces(length, _T), pairs, batch),
             (product, x, gate_in, gate_out, skip, y, conv),
             (length, size, first // 2, width, *steps(x), *steps(gate_in), *steps(gate_out)),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
@@ -407,11 +407,11 @@ def convolve_backward(
 
         given = (dy, x, filters, skip, behind, gate_in, gate_out, conv, spectra, size // 2, dx, d_in, d_out)
         return fftconv_long_triton.convolve_backward(*given)
-    blocks, step = triton.cdiv(length, _T), _step(filters, size, batch)
+    blocks, step = pieces(length, _T), _step(filters, size, batch)
     d_skip = None if skip is None else torch.empty(batch, blocks, width, device=x.device)
     d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
     spectra = list(spectra)
-    both = len(spectra) > triton.cdiv(width, step)
+    both = len(spectra) > pieces(width, step)
     for first in range(0, width, step):
         pairs = (min(step, width - first) + 1) // 2
         count = min(step, width - first)
@@ -420,7 +420,7 @@ def convolve_backward(
         d = torch.fft.fft(_packed(dy, gate_out, None, first, pairs, size))
         dw = torch.empty_like(w)
         launch(
-            _correlate, (triton.cdiv(size // 2 + 1, _T // 2), pairs),
+            _correlate, (pieces(size // 2 + 1, _T // 2), pairs),
             (d, z, w, dw), (size, batch, 1 / size),
             ALONE=batch == 1, T=_T // 2,
         )  # fmt: skip
@@ -486,7 +486,7 @@ def _packed(
     out = torch.empty(batch, pairs, size, dtype=torch.complex64, device=x_BLD.device)
     decay, times, shift = window or (None, None, 0.0)
     launch(
-        _pack, (triton.cdiv(size, _T), pairs, batch),
+        _pack, (pieces(size, _T), pairs, batch),
         (x_BLD, gate_BLD, behind_DL, decay, times, out),
         (shift, length or x_BLD.shape[1], size, first // 2, width,
          *steps(x_BLD), *steps(gate_BLD), *((0, 0) if behind_DL is None else behind_DL.stride())),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_launch import launch, pieces, power_of_2
 from genossm.ops.kernels.triton_parts import sigmoid
 
 _ELEMENTS = 1024
@@ -55,9 +55,9 @@ def _backward(h, d, parts, rows, F, groups, BF: tl.constexpr, R: tl.constexpr):
 def backward(h_MF: Tensor, d_MF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return GELU(h) in the memory of h, the gradient before it in that of d, and the sum of that over M in float32."""
     rows, width = h_MF.shape
-    block = min(256, triton.next_power_of_2(width))
-    groups, several = triton.cdiv(width, block), _ELEMENTS // block
-    programs = max(1, min(_PROGRAMS // groups, triton.cdiv(rows, several)))
+    block = min(256, power_of_2(width))
+    groups, several = pieces(width, block), _ELEMENTS // block
+    programs = max(1, min(_PROGRAMS // groups, pieces(rows, several)))
     parts_PF = torch.empty(programs, width, device=h_MF.device)
     numbers = (rows, width, groups)
     launch(_backward, (programs * groups,), (h_MF, d_MF, parts_PF), numbers, BF=block, R=several, num_warps=4)

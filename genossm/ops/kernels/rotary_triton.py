@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.ops.kernels.ahead import together
-from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_launch import launch, pieces, power_of_2
 
 _PAIRS = 1024
 """Pairs of features of a program."""
@@ -53,10 +53,10 @@ class Rotate(torch.autograd.Function):
 def _run(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     batch, length, heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(max(1, width // 2))
+    block = power_of_2(max(1, width // 2))
     rows = max(1, _PAIRS // block)
     launch(
-        _rotate, (triton.cdiv(length * heads, rows), batch), (x, cos.contiguous(), sin.contiguous(), out),
+        _rotate, (pieces(length * heads, rows), batch), (x, cos.contiguous(), sin.contiguous(), out),
         (length, heads, width // 2, *x.stride()), BACK=back, BP=block, R=rows,
     )  # fmt: skip
     return out

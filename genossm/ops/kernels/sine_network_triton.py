@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genossm.ops.kernels.ahead import together
-from genossm.ops.kernels.triton_launch import launch
+from genossm.ops.kernels.triton_launch import launch, pieces, power_of_2
 from genossm.ops.kernels.triton_parts import cut, of_length
 from genossm.ops.rows import whole_length
 
@@ -148,7 +148,7 @@ class SineNetwork(torch.autograd.Function):
         (features, length), width = z.shape, freq.shape[0]
         out = torch.empty(width, length, device=z.device)
         launch(
-            _forward, (triton.cdiv(length, _T),), (z, first, inner, bias, freq, out), (length,), F=width, E=features,
+            _forward, (pieces(length, _T),), (z, first, inner, bias, freq, out), (length,), F=width, E=features,
             LAYERS=layers, BF=_padded(width), BE=_padded(features), T=_T, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(z, freq, first, inner, bias)
@@ -159,7 +159,7 @@ class SineNetwork(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, freq, first, inner, bias = ctx.saved_tensors
         (features, length), (layers, width) = z.shape, bias.shape
-        programs = min(_PROGRAMS, triton.cdiv(length, _T))
+        programs = min(_PROGRAMS, pieces(length, _T))
         dh = of_length(grads[0], length).contiguous()
         # What a program adds up of all layers lies side by side, so that one sum adds up all programs.
         sizes = [first.numel(), *[width * width] * (layers - 1), *[width] * (2 * layers)]
@@ -189,4 +189,4 @@ def _stacked(weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tenso
 
 def _padded(width: int) -> int:
     """Return the width of the tiles: products take 16 rows at least."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
