@@ -150,6 +150,7 @@ def test_fftconv_of_long_sequences(monkeypatch, shape, row, reverse):
     monkeypatch.setattr(kernels, "LONG", range(1 << 24))
     monkeypatch.setattr(kernels.Given, "group_bytes", 1)
     monkeypatch.setattr("genossm.ops.kernels.fftconv_long_triton._ROW", row)
+    monkeypatch.setattr("genossm.ops.kernels.fftconv_long_triton._LEAST_T", 1)
     inputs = {"x_BLD": draw(*shape, time_last=True), "k_DL": draw(shape[2], shape[1]), "skip_D": draw(shape[2])}
     inputs |= {"gate_in_BLD": draw(*shape), "gate_out_BLD": draw(*shape, time_last=True)}
     if reverse:

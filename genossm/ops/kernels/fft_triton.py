@@ -216,21 +216,22 @@ def positions(first, rows, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _spots(first, rows, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr):
-    """Return where what `columns` makes is in memory, a row for each frequency."""
+    """Return where what `columns` makes is in memory, a row for each frequency, real and imaginary side by side."""
     if B > 1:
-        at = tl.arange(0, A * T)[None, :]
-        spot = (at // T + A * tl.arange(0, B)[:, None]) * rows + first + at % T
+        at = tl.arange(0, 2 * A * T)[None, :]
+        row = at // (2 * T) + A * tl.arange(0, B)[:, None]
     else:
-        spot = tl.arange(0, A)[:, None] * rows + first + tl.arange(0, T)[None, :]
-    return spot[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        at = tl.arange(0, 2 * T)[None, :]
+        row = tl.arange(0, A)[:, None]
+    return (row * rows + first) * 2 + at % (2 * T)
 
 
 @triton.jit
 def load_columns(x, first, rows, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr):
     """Load what `columns_back` takes, of complex numbers as pairs."""
-    a, b = tl.split(tl.load(x + _spots(first, rows, A, B, T)))
     S: tl.constexpr = B if B > 1 else A
     M: tl.constexpr = A * T if B > 1 else T
+    a, b = tl.split(tl.reshape(tl.load(x + _spots(first, rows, A, B, T)), [S, M, 2]))
     return parted(tl.trans(a), S, M), parted(tl.trans(b), S, M)
 
 
@@ -240,4 +241,4 @@ def store_columns(x, re, im, first, rows, A: tl.constexpr, B: tl.constexpr, T: t
     S: tl.constexpr = B if B > 1 else A
     M: tl.constexpr = A * T if B > 1 else T
     both = tl.join(tl.trans(joined(re, S, M)), tl.trans(joined(im, S, M)))
-    tl.store(x + _spots(first, rows, A, B, T), both)
+    tl.store(x + _spots(first, rows, A, B, T), tl.reshape(both, [S, 2 * M]))

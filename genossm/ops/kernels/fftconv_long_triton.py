@@ -14,10 +14,10 @@ from genossm.ops.kernels.fft_triton import columns, columns_back, joined, load_c
 from genossm.ops.kernels.fftconv_triton import Filters, Window, element, steps, windowed
 from genossm.ops.kernels.triton_launch import launch
 
-_ROW = 1 << 13
-"""Numbers of a row: cuFFT transforms so many in one pass, and twice as many 10 % more slowly."""
-_FIRST = 16
-"""Numbers of a thread, which goes through columns of up to 256 in two steps; with 32 it has too many registers."""
+_ROW, _COLUMN = 1 << 13, 1 << 7
+"""Numbers of a row, which cuFFT transforms in one pass, and of a column; larger transforms have rows twice as long."""
+_TILE, _LEAST_T = 1 << 12, 1 << 5
+"""Numbers of a program, and its columns at least, which are what it finds side by side in memory."""
 _T = 1024
 _WARPS = 8
 # The first of a group of channels, of which there may be any number.
@@ -26,14 +26,13 @@ _jit = triton.jit(do_not_specialize=["first"])
 
 @_jit
 def _pack(
-    x, gate, behind, decay, times, out, shift, L, size, first, width, x_b, x_c, x_t, g_b, g_c, g_t, r_c, r_t,
+    x, gate, behind, decay, times, out, shift, L, size, rows, first, width, x_b, x_c, x_t, g_b, g_c, g_t, r_c, r_t,
     HAS_GATE: tl.constexpr, HAS_BEHIND: tl.constexpr, HAS_WINDOW: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Transform the columns of x times gate or window; filters of what follows are imaginary, lag -1 last."""
     b = tl.program_id(2).to(tl.int64)
     c = first + tl.program_id(1)
-    rows = size // (A * B)
     start = tl.program_id(0) * T
     t = positions(start, rows, A, B, T)
     value = element(x, b, c, t, x_b, x_c, x_t, t < L)
@@ -93,14 +92,14 @@ def _correlate(d, z, w, dw, numbers, batch, scale, ALONE: tl.constexpr, T: tl.co
 
 @_jit
 def _finish(
-    packed, x, gate_in, gate_out, skip, y, conv, L, size, first, width, x_b, x_c, x_t, i_b, i_c, i_t, o_b, o_c, o_t,
+    packed, x, gate_in, gate_out, skip, y, conv, L, size, rows, first, width,
+    x_b, x_c, x_t, i_b, i_c, i_t, o_b, o_c, o_t,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SKIP: tl.constexpr, KEEP: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Transform columns back, add the skip, gate; also keep what is before the gate, which its gradient needs."""
     b = tl.program_id(2).to(tl.int64)
     c = first + tl.program_id(1)
-    rows = size // (A * B)
     start = tl.program_id(0) * T
     at = (b * tl.num_programs(1) + tl.program_id(1)) * size * 2
     re, im = load_columns(packed + at, start, rows, A, B, T)
@@ -126,7 +125,7 @@ def _finish(
 
 @_jit
 def _finish_backward(
-    packed, dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, L, size, first, width,
+    packed, dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip, L, size, rows, first, width,
     y_b, y_c, y_t, x_b, x_c, x_t, i_b, i_c, i_t, o_b, o_c, o_t, d_b, d_c,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SKIP: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
@@ -134,7 +133,6 @@ def _finish_backward(
     """Transform the columns of the input's gradient back, add the skip's share and pass it through the gates."""
     b = tl.program_id(2).to(tl.int64)
     c = (first + tl.program_id(1)).to(tl.int64)
-    rows = size // (A * B)
     start = tl.program_id(0) * T
     at = (b * tl.num_programs(1) + tl.program_id(1)) * size * 2
     re, im = load_columns(packed + at, start, rows, A, B, T)
@@ -161,12 +159,11 @@ def _finish_backward(
 
 @triton.jit
 def _unpack_filter(
-    packed, dk, dbehind, decay, times, shift, L, size, width, k_c, r_c,
+    packed, dk, dbehind, decay, times, shift, L, size, rows, width, k_c, r_c,
     HAS_BEHIND: tl.constexpr, HAS_WINDOW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Transform the columns of the filters' gradient back and multiply by their window."""
     c = tl.program_id(1).to(tl.int64)
-    rows = size // (A * B)
     start = tl.program_id(0) * T
     re, im = load_columns(packed + c * size * 2, start, rows, A, B, T)
     re, im = columns_back(re, im, start, size, A, B, T)
@@ -199,7 +196,7 @@ def convolve(
     y = torch.empty(batch, width, length, dtype=x.dtype, device=x.device)
     conv = torch.empty_like(y) if train and gate_out is not None else None
     spectra: list[Tensor] = []
-    shape = _shape(size)
+    shape, row = _shape(size), _row(size)
     for first in range(0, width, step):
         count = min(step, width - first)
         z = _spectrum(x, gate_in, None, first, count, size, length)
@@ -219,7 +216,7 @@ def convolve(
         launch(
             _finish, (_blocks(size), count, batch),
             (torch.view_as_real(product), x, gate_in, gate_out, skip, y, conv),
-            (length, size, first, width, *steps(x), *steps(gate_in), *steps(gate_out)),
+            (length, size, row, first, width, *steps(x), *steps(gate_in), *steps(gate_out)),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None,
             KEEP=conv is not None, **shape,
         )  # fmt: skip
@@ -243,7 +240,7 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Do `fftconv_triton.convolve_backward`."""
     batch, length, width = x.shape
-    step, shape = _step(filters, size, batch), _shape(size)
+    step, shape, row = _step(filters, size, batch), _shape(size), _row(size)
     d_skip = None if skip is None else torch.empty(batch, _blocks(size), width, device=x.device)
     d_behind = None if behind is None else torch.zeros_like(behind, memory_format=torch.contiguous_format)
     spectra = list(spectra)
@@ -265,7 +262,7 @@ def convolve_backward(
         decay, times, shift = _rows(filters.window, first) or (None, None, 0.0)
         launch(
             _unpack_filter, (_blocks(size), count), (torch.view_as_real(dw), dk, d_next, decay, times),
-            (shift, length, size, count, dk.stride(0), 0 if d_next is None else d_next.stride(0)),
+            (shift, length, size, row, count, dk.stride(0), 0 if d_next is None else d_next.stride(0)),
             HAS_BEHIND=behind is not None, HAS_WINDOW=decay is not None, **shape,
         )  # fmt: skip
         filters.add(first, dk)
@@ -274,23 +271,29 @@ def convolve_backward(
         launch(
             _finish_backward, (_blocks(size), count, batch),
             (torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip),
-            (length, size, first, width, *steps(dy), *steps(x), *steps(gate_in), *steps(gate_out), *dx.stride()[:2]),
+            (length, size, row, first, width, *steps(dy), *steps(x), *steps(gate_in), *steps(gate_out),
+             *dx.stride()[:2]),
             HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, **shape,
         )  # fmt: skip
     return None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
 
 
+def _row(size: int) -> int:
+    """Return the numbers of a row."""
+    return _ROW if size <= _ROW * _COLUMN else 2 * _ROW
+
+
 def _shape(size: int) -> dict[str, int]:
     """Return how columns are split among a program's registers, and its warps."""
-    column = size // _ROW
-    first = min(column, _FIRST if column <= _FIRST**2 else 2 * _FIRST)
-    second = column // first
-    return {"A": first, "B": second, "T": min(_ROW, 32 * _WARPS // second), "num_warps": _WARPS}
+    column = size // _row(size)
+    first = 16 if column > 16 else max(1, column // 2)
+    columns = min(_row(size), max(_LEAST_T, _TILE // column))
+    return {"A": first, "B": column // first, "T": columns, "num_warps": _WARPS}
 
 
 def _blocks(size: int) -> int:
     """Return the programs of a transform."""
-    return _ROW // _shape(size)["T"]
+    return _row(size) // _shape(size)["T"]
 
 
 def _step(filters: Filters, size: int, batch: int) -> int:
@@ -321,11 +324,12 @@ def _spectrum(
 ) -> Tensor:
     """Return the transforms of some channels, gated or windowed, as complex (B, channels, columns, rows)."""
     batch, width = x_BLD.shape[0], x_BLD.shape[2]
-    out = torch.empty(batch, count, size // _ROW, _ROW, dtype=torch.complex64, device=x_BLD.device)
+    row = _row(size)
+    out = torch.empty(batch, count, size // row, row, dtype=torch.complex64, device=x_BLD.device)
     decay, times, shift = window or (None, None, 0.0)
     launch(
         _pack, (_blocks(size), count, batch), (x_BLD, gate_BLD, behind_DL, decay, times, torch.view_as_real(out)),
-        (shift, length, size, first, width, *steps(x_BLD), *steps(gate_BLD),
+        (shift, length, size, row, first, width, *steps(x_BLD), *steps(gate_BLD),
          *((0, 0) if behind_DL is None else behind_DL.stride())),
         HAS_GATE=gate_BLD is not None, HAS_BEHIND=behind_DL is not None, HAS_WINDOW=window is not None, **_shape(size),
     )  # fmt: skip
