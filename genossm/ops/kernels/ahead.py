@@ -20,7 +20,7 @@ from genossm.ops import kept
 
 logger = logging.getLogger(__name__)
 
-_POSITIONS = 1 << 12
+_POSITIONS = 1 << 14
 """What is longer is cut for the rehearsal: kernels are the same for all lengths."""
 _MOST_THREADS = 16
 
