@@ -34,8 +34,7 @@ MODELS = {
 }
 SHAPES = [(1, 33_333), (3, 777), (16, 1000), (1, 1)]
 FEW = {
-    # Few tiles need no long chain; one row no sum over rows; each compiles in about a second at most.
-    "chain",
+    # One row needs no sum over rows; it compiles in about a second at most.
     "_correlate",
     # A gradient of one row or of several may come laid out in another way.
     "_finish_backward",

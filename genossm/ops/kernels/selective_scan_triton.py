@@ -195,12 +195,11 @@ class Scan:
             ADJOINT=adjoint, **flags,
         )  # fmt: skip
         entering, self.last = torch.empty_like(edge), torch.empty_like(edge[:, 0])
-        # Many tiles at once hide the latency of a long chain; a short one would only pay for what it lacks.
-        rows = 128 if self.tiles > 64 else 32
+        # 128 tiles at once hide the latency of a long chain.
         launch(
             selective_scan_walks.chain, (-(-self.width * self.N // 32), self.batch),
             (edge, decay, self.A, first_BNE, entering, self.last), (self.reverse ^ adjoint, self.width, self.tiles),
-            N=self.N, HAS_FIRST=first_BNE is not None, WIDTH=32, U=rows, num_warps=rows // 32,
+            N=self.N, HAS_FIRST=first_BNE is not None, WIDTH=32, U=128, num_warps=4,
         )  # fmt: skip
         return entering, self.last
 
