@@ -18,6 +18,8 @@ _ROW, _COLUMN = 1 << 13, 1 << 7
 """Numbers of a row, which cuFFT transforms in one pass, and of a column; larger transforms have rows twice as long."""
 _TILE, _LEAST_T = 1 << 12, 1 << 5
 """Numbers of a program, and its columns at least, which are what it finds side by side in memory."""
+_REGISTERS = 128
+"""Registers of a thread of the kernel that would take most, so that two programs fit at once."""
 _T = 1024
 _WARPS = 8
 # The first of a group of channels, of which there may be any number.
@@ -273,7 +275,8 @@ def convolve_backward(
             (torch.view_as_real(d), dy, x, gate_in, gate_out, skip, conv, dx, d_in, d_out, d_skip),
             (length, size, row, first, width, *steps(dy), *steps(x), *steps(gate_in), *steps(gate_out),
              *dx.stride()[:2]),
-            HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, **shape,
+            HAS_IN=gate_in is not None, HAS_OUT=gate_out is not None, HAS_SKIP=skip is not None, maxnreg=_REGISTERS,
+            **shape,
         )  # fmt: skip
     return None if d_skip is None or skip is None else d_skip.sum((0, 1)).to(skip.dtype), d_behind
 
