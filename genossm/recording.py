@@ -22,7 +22,8 @@ _WARM = 3
 def record(run: Callable[[], Result], pool: Any = None) -> tuple[Callable[[], None], Result]:
     """Record what a function asks the current GPU to do; returns what does it again, and where its result then stands.
 
-    Random numbers are those that the function would have drawn. It must not use autocast's cache of weights. Graphs of
+    Random numbers are those that the function would have drawn. It must not use autocast's cache of weights, and no
+    result that gradients hang on may be left of another run: autograd would wait for the stream of that one. Graphs of
     one `pool` (`torch.cuda.graph_pool_handle`) share their memory: each one's results last until another one runs.
 
     Raises:

@@ -55,6 +55,8 @@ def given(task, steps, batches, add_up=1):
             task.zero_grad()
         if steps is None or not steps.backward():
             (loss / add_up).backward()
+        # While the loss is there, so is all that led to it.
+        del loss
         if (number + 1) % add_up == 0:
             sums.append([None if p.grad is None else p.grad.clone() for p in parameters])
     return losses, sums
