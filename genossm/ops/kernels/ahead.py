@@ -5,10 +5,12 @@ with every launch put off, which finds the kernels, and threads compile them whi
 then waits for its own kernel alone. What isn't found this way, or fails, is compiled where it is launched, as ever.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -45,11 +47,22 @@ class _Like:
         return self.at
 
 
+class Op(NamedTuple):
+    """A call of an autograd function."""
+
+    function: Any
+    gradients: bool
+    """Whether they are on."""
+    autocast: bool
+    """Whether it is on where the op is called; inside, ops turn it off."""
+    given: tuple[Any, ...]
+
+
 class _Here(threading.local):
     """What a thread is doing."""
 
-    running: tuple[Any, bool, tuple[Any, ...]] | None = None
-    """The op whose forward pass runs, whether gradients are on, and what it is given."""
+    running: Op | None = None
+    """The op whose forward pass runs."""
     put_off: list[Call] | None = None
     """The launches of a rehearsal."""
 
@@ -82,7 +95,8 @@ def together(function: Any) -> Any:
     def apply(*given: Any) -> Any:
         if torch.compiler.is_compiling():
             return alone(*given)
-        before, here.running = here.running, (function, torch.is_grad_enabled(), given)
+        before = here.running
+        here.running = Op(function, torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), given)
         try:
             return alone(*given)
         finally:
@@ -102,43 +116,61 @@ def put_off(kernel: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[floa
 
 def prepare(kernel: Any, device: int) -> None:
     """Ask for all kernels of the op that runs, if it is the first of its kind, and wait for this one."""
-    running = here.running
-    if running is not None and _threads() > 1 and not torch.cuda.is_current_stream_capturing():
-        function, gradients, given = running
-        needs_grad = tuple(gradients and isinstance(x, Tensor) and x.requires_grad for x in given)
-        key = (function, device, torch.is_autocast_enabled("cuda"), needs_grad, *map(_kind, given))
+    op = here.running
+    if op is not None and _threads() > 1 and not torch.cuda.is_current_stream_capturing():
+        key = (device, kind(op))
         if key not in _seen:
             _seen.add(key)
-            for call in _rehearsed(function, needs_grad, given):
+            for call in _rehearsed(op):
                 _ask(call, device)
     wait(_compiling.pop(id(kernel), ()))
 
 
-def rehearse(function: Any, needs_grad: tuple[bool, ...], given: tuple[Any, ...]) -> None:
+def kind(op: Op) -> tuple[Any, ...]:
+    """Return what tells a call from one that may need other kernels."""
+    return op.function, op.autocast, _needs_grad(op), *map(_kind, op.given)
+
+
+def _needs_grad(op: Op) -> tuple[bool, ...]:
+    return tuple(op.gradients and isinstance(x, Tensor) and x.requires_grad for x in op.given)
+
+
+@contextlib.contextmanager
+def _autocast(on: bool) -> Iterator[None]:
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", on)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+def rehearse(op: Op) -> None:
     """Run an autograd function over a few positions, and backward if any of what it is given needs a gradient."""
-    ctx = _Context(needs_grad)
+    function, ctx = op.function, _Context(_needs_grad(op))
     with torch.no_grad(), kept.outside():
-        results = function.forward(ctx, *map(_short, given))
-        if not any(needs_grad):
+        with _autocast(op.autocast):
+            results = function.forward(ctx, *map(_short, op.given))
+        if not any(ctx.needs_input_grad):
             return
         grads = [torch.empty_like(y) for y in ([results] if isinstance(results, Tensor) else results)]
         wholes = [grads]
         if not ctx.fills and len(grads) > 1:
             wholes += [[None if i == j else d for j, d in enumerate(grads)] for i in range(len(grads))]
         # Autograd's own threads know of no autocast.
-        with torch.autocast("cuda", enabled=False):
+        with _autocast(False):
             for some in wholes:
                 function.backward(ctx, *some)
 
 
-def _rehearsed(function: Any, needs_grad: tuple[bool, ...], given: tuple[Any, ...]) -> list[Call]:
+def _rehearsed(op: Op) -> list[Call]:
     """Return what an op will launch; nothing where a rehearsal fails, for what that means the op itself will say."""
     calls: list[Call] = []
     here.running, here.put_off = None, calls
     try:
-        rehearse(function, needs_grad, given)
+        rehearse(op)
     except Exception as problem:
-        logger.warning("The kernels of %s are compiled one after the other: %s", function.__name__, problem)
+        logger.warning("The kernels of %s are compiled one after the other: %s", op.function.__name__, problem)
     finally:
         here.put_off = None
     return calls
@@ -146,13 +178,23 @@ def _rehearsed(function: Any, needs_grad: tuple[bool, ...], given: tuple[Any, ..
 
 def _ask(call: Call, device: int) -> None:
     """Have a thread compile a kernel, once."""
-    key = (device, id(call.kernel), *call[1:3], *call.flags.items())
+    key = (device, id(call.kernel), call.tensors, _of_numbers(call), *call.flags.items())
     if key in _asked:
         return
     _asked.add(key)
     # Made here, for it is kept with the kernel: threads must not be at it together.
     _ = call.kernel.cache_key
     _compiling.setdefault(id(call.kernel), []).append(_pool().submit(_compile, call, device))
+
+
+def _of_numbers(call: Call) -> tuple[Any, ...]:
+    """Return what Triton asks of a call's numbers, so that no two threads compile the same."""
+    found: list[Any] = []
+    for number, parameter in zip(call.numbers, call.kernel.params[len(call.tensors) :], strict=False):
+        told = isinstance(number, float) or parameter.do_not_specialize
+        found.append((type(number), abs(number) >> 31 > 0 if isinstance(number, int) else False))
+        found.append(None if told else (number == 1, number % 16 == 0))
+    return tuple(found)
 
 
 def _compile(call: Call, device: int) -> None:
