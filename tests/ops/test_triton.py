@@ -143,13 +143,16 @@ def test_fftconv(shape, time_last, gated, reverse):
 
 @small
 @pytest.mark.parametrize(
-    ("shape", "row", "reverse"), [((1, 48, 3), 16, False), ((2, 200, 2), 16, True), ((1, 999, 2), 8, True)], ids=str
+    ("shape", "column", "longest", "reverse"),
+    [((1, 48, 3), 4, 64, False), ((2, 200, 2), 16, 64, True), ((1, 999, 2), 64, 8, True)],
+    ids=str,
 )
-def test_fftconv_of_long_sequences(monkeypatch, shape, row, reverse):
+def test_fftconv_of_long_sequences(monkeypatch, shape, column, longest, reverse):
     kernels = importlib.import_module("genossm.ops.kernels.fftconv_triton")
     monkeypatch.setattr(kernels, "LONG", range(1 << 24))
     monkeypatch.setattr(kernels.Given, "group_bytes", 1)
-    monkeypatch.setattr("genossm.ops.kernels.fftconv_long_triton._ROW", row)
+    monkeypatch.setattr("genossm.ops.kernels.fftconv_long_triton._COLUMN", column)
+    monkeypatch.setattr("genossm.ops.kernels.fftconv_long_triton._LONGEST_ROW", longest)
     monkeypatch.setattr("genossm.ops.kernels.fftconv_long_triton._LEAST_T", 1)
     inputs = {"x_BLD": draw(*shape, time_last=True), "k_DL": draw(shape[2], shape[1]), "skip_D": draw(shape[2])}
     inputs |= {"gate_in_BLD": draw(*shape), "gate_out_BLD": draw(*shape, time_last=True)}

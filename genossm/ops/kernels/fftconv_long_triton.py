@@ -14,8 +14,9 @@ from genossm.ops.kernels.fft_triton import columns, columns_back, joined, load_c
 from genossm.ops.kernels.fftconv_triton import Filters, Window, element, steps, windowed
 from genossm.ops.kernels.triton_launch import launch
 
-_ROW, _COLUMN = 1 << 13, 1 << 7
-"""Numbers of a row, which cuFFT transforms in one pass, and of a column; larger transforms have rows twice as long."""
+_COLUMN, _LONGEST_ROW = 1 << 7, 1 << 14
+"""Numbers of a column, the same of all sizes, so that one set of kernels serves them, and of a row, which is one pass
+of cuFFT; larger transforms have longer columns."""
 _TILE, _LEAST_T = 1 << 12, 1 << 5
 """Numbers of a program, and its columns at least, which are what it finds side by side in memory."""
 _REGISTERS = 128
@@ -283,7 +284,7 @@ def convolve_backward(
 
 def _row(size: int) -> int:
     """Return the numbers of a row."""
-    return _ROW if size <= _ROW * _COLUMN else 2 * _ROW
+    return min(_LONGEST_ROW, size // _COLUMN)
 
 
 def _shape(size: int) -> dict[str, int]:
