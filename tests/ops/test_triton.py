@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from genossm.models.caduceus import CaduceusConfig
 from genossm.models.hyenadna import HyenaDNAConfig
@@ -139,6 +140,20 @@ def test_fftconv(shape, time_last, gated, reverse):
         inputs |= {"gate_in_BLD": draw(*shape), "gate_out_BLD": draw(*shape, time_last=time_last)}
     with use_backend("triton"):
         assert_equals_reference(fftconv, fftconv_ref, inputs, {})
+
+
+@small
+@pytest.mark.parametrize("keep", [0, 1 << 30], ids=["spectra made again", "spectra kept"])
+def test_fftconv_in_a_checkpoint(monkeypatch, keep):
+    monkeypatch.setattr("genossm.ops.kernels.fftconv_triton.KEPT_BYTES", keep)
+    x, k, gate = draw(2, 37, 3).requires_grad_(), draw(3, 37).requires_grad_(), draw(2, 37, 3).requires_grad_()
+    grads = []
+    with use_backend("triton"):
+        for run in (fftconv, partial(checkpoint, fftconv, use_reentrant=False)):
+            y = run(x, k, gate_in_BLD=gate)
+            grads.append(torch.autograd.grad(y.square().sum(), (x, k, gate)))
+    for once, again in zip(*grads, strict=True):
+        assert torch.equal(once, again)
 
 
 @small

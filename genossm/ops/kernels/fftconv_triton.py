@@ -315,8 +315,8 @@ class FFTConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, conv = ctx.saved_tensors[:7]
-        spectra = ctx.saved_tensors[7:]
+        # Asked once: a checkpoint gives them out no second time.
+        *tensors, conv, spectra = (*(saved := ctx.saved_tensors)[:7], saved[7:])
         (_, length, _), taps = tensors[0].shape, tensors[1].shape[1]
         x, k, skip, behind, gate_in, gate_out = _whole(*tensors)
         dx, d_in, d_out = (
