@@ -30,7 +30,7 @@ class _Plan(NamedTuple):
     """Microseconds that a position takes an H100 full of its programs (in both passes where there are two)."""
 
     def took(self, tiles: int, width: int, length: int, processors: int) -> float:
-        """Return the microseconds that so many tiles take."""
+        """Return the microseconds that so many tiles of a length take."""
         # A processor has four parts, each with 16,384 registers for its warps of 32 threads.
         rounds = tiles * -(-width // self.channels) / (processors * 4 * (512 // self.registers))
         # The last round takes between its share of a full one and all of it: fewer programs run a little faster.

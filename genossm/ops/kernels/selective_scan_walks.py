@@ -122,11 +122,12 @@ def _chosen(odd, PRECISION: tl.constexpr):
     return chosen.to(tl.bfloat16) if PRECISION == "bf16" else chosen
 
 
-# Rows are groups of 4 channels, columns are 8 states of such 4: as 16 bit numbers they lie where the matrix units want
-# them, pairs of states in a register and the 4 channels in neighbouring threads, so that nothing is exchanged.
+# Columns are groups of 4 channels, rows are 8 states of such 4: as 16 bit numbers they lie where the matrix units want
+# them, pairs of states in a register and the 4 channels in neighbouring threads, so that nothing is exchanged. As the
+# second factor they leave two groups to a thread of the sums, so that the rest takes two shuffles, not three.
 @triton.jit
 def _add_sums(sums, x, chosen, N: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """Add x [N, BD], summed over 4 neighbouring channels each, to the columns of sums that are chosen."""
+    """Add x [N, BD], summed over 4 neighbouring channels each, to the rows of sums that are chosen."""
     x = tl.permute(tl.reshape(x, [N // 8, 4, 2, BD // 4, 4]), [1, 4, 2, 0, 3])
     x = tl.reshape(x, [32, N * BD // 32])
     if PRECISION == "bf16":
